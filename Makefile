@@ -1,0 +1,40 @@
+# Everything happens in .venv; nothing has to be sourced. CONTRIBUTING.md has the rest.
+VENV := .venv
+CMAKE := $(shell command -v cmake || echo $(CURDIR)/$(VENV)/bin/cmake)
+
+.PHONY: setup demo test lint bench clean
+
+# The first run takes minutes, the next ones nothing.
+setup: $(VENV)/.installed
+
+demo: setup
+	$(VENV)/bin/cmanp demo
+
+test: setup
+	$(VENV)/bin/python scripts/run_tests.py
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
+	$(VENV)/bin/python scripts/check_xml_yaml.py
+
+bench: setup
+	$(VENV)/bin/cmanp bench
+
+clean:
+	rm -rf $(VENV) build install log
+
+$(VENV)/.created:
+	scripts/create_venv $(VENV)
+	@touch $@
+
+$(VENV)/.requirements: $(VENV)/.created constraints.txt $(wildcard requirements/*.txt)
+	scripts/install_requirements $(VENV)
+	@touch $@
+
+# Generated interfaces, and links to our own modules: edited code is used at once.
+$(VENV)/.installed: $(VENV)/.requirements CMakeLists.txt package.xml scripts/executable.py.in \
+    $(wildcard msg/*.msg srv/*.srv launch/* config/*)
+	scripts/install_into_venv $(VENV) $(CMAKE)
+	@touch $@

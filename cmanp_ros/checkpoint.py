@@ -1,0 +1,310 @@
+"""
+Models and states as single safetensors files: nothing is ever unpickled.
+
+The header carries a format version, what the tensors mean (configuration, normalization) and a
+hash of the content; a state also carries the hash of the weights that folded it.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from cmanp_ros.core import CMANP, CMANPConfig, Normalization, State
+from cmanp_ros.core.errors import CheckpointError, CMANPError
+from cmanp_ros.core.state import from_tensors
+
+FORMAT_VERSION = 1
+MODEL, STATE = 'cmanp_ros model', 'cmanp_ros state'
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """
+    What a state file holds beside the sums.
+    """
+
+    state: State
+    normalization: Normalization
+    weights_hash: str
+    extra: dict
+    """Provenance: frame, stamps, whatever the writer added."""
+
+
+def save_model(model: CMANP, path, extra: dict | None = None) -> Path:
+    """
+    Write weights and configuration; the file appears whole or not at all.
+
+    :param extra: provenance kept in the header (command, seed, metrics).
+    """
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return _write(path, MODEL, tensors, {'config': model.config.to_dict(), 'extra': extra or {}})
+
+
+def load_model(path_or_name='field', device='cpu') -> CMANP:
+    """
+    Read a model for prediction.
+
+    :param path_or_name: a .safetensors file, or the name of a shipped model.
+    :raises CheckpointError: for a missing, damaged or foreign file, or weights that do not fit.
+    """
+    path = _find(path_or_name)
+    tensors, header = _read(path, MODEL)
+    try:
+        model = CMANP(CMANPConfig.from_dict(header['config']))
+    except CMANPError as error:
+        raise CheckpointError(f'{path}: {error}') from error
+    _fill(model, tensors, str(path))
+    return model.eval().requires_grad_(False).to(device)
+
+
+def read_extra(path_or_name='field') -> dict:
+    """
+    Return the provenance of a model file.
+    """
+    return _read(_find(path_or_name), MODEL)[1]['extra']
+
+
+def shipped_models() -> list[str]:
+    """
+    Return the names that `load_model` knows.
+    """
+    return sorted(path.stem for path in _weights().glob('*.safetensors'))
+
+
+def weights_hash(model: CMANP) -> str:
+    """
+    Return the hash that ties a state to the weights and configuration that folded it.
+    """
+    return _digest(model.state_dict(), {'config': model.config.to_dict()})
+
+
+def save_state(
+    state: State, path, model: CMANP, normalization: Normalization, extra: dict | None = None
+) -> Path:
+    """
+    Write a state; the file appears whole or not at all.
+    """
+    header = {
+        'normalization': normalization.to_dict(),
+        'weights_hash': weights_hash(model),
+        'extra': extra or {},
+    }
+    return _write(path, STATE, state.tensors(), header)
+
+
+def load_state(path, model: CMANP) -> StateFile:
+    """
+    Read a state folded by this model.
+
+    :raises CheckpointError: for a missing, damaged or foreign file, or another model's state.
+    """
+    tensors, header = _read(path, STATE)
+    expected = weights_hash(model)
+    if header['weights_hash'] != expected:
+        raise CheckpointError(
+            f'{path} was folded by weights {header["weights_hash"][:12]}, this model has '
+            f'{expected[:12]}: load it with the checkpoint that made it'
+        )
+    empty = model.init_state(1).tensors()
+    _compare(
+        {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()},
+        {name: tuple(tensor.shape[1:]) for name, tensor in empty.items()},
+        str(path),
+    )
+    device = empty['num_observations'].device
+    state = from_tensors({name: tensor.to(device) for name, tensor in tensors.items()})
+    if not state.is_finite():
+        raise CheckpointError(f'{path} holds sums that are not finite; it cannot be used')
+    return StateFile(
+        state, Normalization(**header['normalization']), expected, header['extra']
+    )
+
+
+def load_reference(state_dict: dict, config: CMANPConfig) -> CMANP:
+    """
+    Import weights of the authors' implementation by their names there.
+
+    :param config: of the `paper` kind, with the sizes of those weights.
+    :raises CheckpointError: naming unknown, missing or wrongly shaped keys.
+    """
+    model = CMANP(config)
+    ours = {}
+    for name in model.state_dict():
+        ours |= {key: name for key in _reference_names(name, config.num_blocks)}
+    expected = {}
+    for key, name in ours.items():
+        shape = tuple(model.state_dict()[name].shape)
+        expected[key] = shape[1:] if _is_stacked(name) else shape
+    _compare({k: tuple(v.shape) for k, v in state_dict.items()}, expected, 'reference weights')
+    tensors = {}
+    for name in model.state_dict():
+        parts = [state_dict[key] for key in _reference_names(name, config.num_blocks)]
+        tensors[name] = torch.stack(parts) if _is_stacked(name) else parts[0]
+    model.load_state_dict(tensors)
+    return model.eval().requires_grad_(False)
+
+
+_STACKED = {
+    'encoder.block_latents': 'latents',
+    'encoder.gather': 'layer_cross_attn',
+    'encoder.gather_feedforward': 'layer_cross_ff',
+    'encoder.block_attention': 'layer_latent_self_attn',
+    'encoder.block_feedforward': 'layer_latent_ff',
+}
+_NESTED = {
+    'cross_attention': 'cross_attn',
+    'cross_feedforward': 'cross_ff',
+    'self_attention': 'latent_self_attn',
+    'feedforward': 'latent_ff',
+}
+_LEAVES = {
+    'to_q': 'fn.to_q',
+    'to_kv': 'fn.to_kv',
+    'to_out': 'fn.to_out',
+    'wide': 'fn.net.0',
+    'narrow': 'fn.net.2',
+}
+
+
+def _stacked_prefix(name):
+    return next((p for p in _STACKED if name == p or name.startswith(f'{p}.')), None)
+
+
+def _is_stacked(name):
+    return _stacked_prefix(name) is not None
+
+
+def _reference_names(name, num_blocks):
+    """
+    Return the reference's name of one of our weights, or one name for each block of a stack.
+    """
+    parts = [_LEAVES.get(part, part) for part in name.split('.')]
+    prefix = _stacked_prefix(name)
+    if prefix is not None:
+        rest = '.'.join([_STACKED[prefix], *parts[2:]])
+        return [f'encoder.layers.{block}.{rest}' for block in range(num_blocks)]
+    if name.startswith('encoder.integrations.'):
+        rest = '.'.join([_NESTED[parts[3]], *parts[4:]])
+        return [f'encoder.layers.{parts[2]}.{rest}']
+    if name.startswith('decoder.'):
+        layer = {'cross_attention': 'cross_attn', 'feedforward': 'cross_ff'}[parts[2]]
+        return ['.'.join(['decoder.layers', parts[1], layer, *parts[3:]])]
+    return ['latents' if name == 'encoder.latents' else name]
+
+
+def _fill(model, tensors, source):
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _compare({name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected, source)
+    model.load_state_dict(tensors)
+
+
+def _compare(found, expected, source):
+    """
+    Compare shapes by name.
+
+    :raises CheckpointError: naming what is unknown, missing or of another shape.
+    """
+    problems = [
+        f'unknown {name}' for name in sorted(found.keys() - expected.keys())
+    ] + [f'missing {name}' for name in sorted(expected.keys() - found.keys())]
+    problems += [
+        f'{name} has shape {found[name]}, expected {expected[name]}'
+        for name in sorted(found.keys() & expected.keys())
+        if found[name] != expected[name]
+    ]
+    if problems:
+        shown = '; '.join(problems[:8]) + ('; ...' if len(problems) > 8 else '')
+        raise CheckpointError(
+            f'{source}: {len(problems)} tensors do not fit the configuration: {shown}'
+        )
+
+
+def _weights():
+    return Path(__file__).resolve().parent / 'weights'
+
+
+def _find(path_or_name):
+    path = Path(path_or_name)
+    if path.suffix == '.safetensors':
+        return path
+    shipped = _weights() / f'{path_or_name}.safetensors'
+    if not shipped.is_file():
+        raise CheckpointError(
+            f'no checkpoint {str(path_or_name)!r}: expected a path that ends in .safetensors or '
+            f'one of {shipped_models()}'
+        )
+    return shipped
+
+
+def _digest(tensors, header):
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(path, kind, tensors, header):
+    path = Path(path)
+    if path.suffix != '.safetensors':
+        raise CheckpointError(f'{path}: expected a name that ends in .safetensors')
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {
+        'kind': kind,
+        'format_version': str(FORMAT_VERSION),
+        'header': json.dumps(header, sort_keys=True),
+        'sha256': _digest(tensors, header),
+    }
+    data = save(tensors, metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    try:
+        with os.fdopen(descriptor, 'wb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _read(path, kind):
+    """
+    Read and verify a file.
+
+    :return: tensors by name, header.
+    :raises CheckpointError: saying what is wrong with it.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f'{path}: no such file')
+    try:
+        with safe_open(path, framework='pt') as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f'{path} is truncated, damaged or not a safetensors file ({error})'
+        ) from error
+    if metadata.get('kind') != kind:
+        raise CheckpointError(
+            f'{path} is {metadata.get("kind", "a foreign safetensors file")!r}, expected {kind!r}'
+        )
+    if metadata.get('format_version') != str(FORMAT_VERSION):
+        raise CheckpointError(
+            f'{path} has format version {metadata.get("format_version")}, this release reads '
+            f'{FORMAT_VERSION}: use the release that wrote it'
+        )
+    header = json.loads(metadata['header'])
+    if metadata.get('sha256') != _digest(tensors, header):
+        raise CheckpointError(f'{path} is damaged: its content does not match its checksum')
+    return tensors, header

@@ -1,0 +1,71 @@
+"""
+The first memory: softmax cross-attention of fixed queries, kept as running sums.
+
+Queries are learned and never change, so softmax over all points so far needs only its log
+normalizer and its average value (Feng et al. 2023, section 4.1; design of the online softmax).
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class AttentionSums(NamedTuple):
+    """
+    Softmax attention over any set of points; float64.
+    """
+
+    logsumexp: Float[Tensor, 'batch block head query']
+    """log of the sum over points of exp(score); -inf for no points."""
+    mean_value: Float[Tensor, 'batch block head query dim_head']
+    """Average of the values under the softmax; 0 for no points."""
+
+
+def sums(
+    query: Float[Tensor, 'block head query dim_head'],
+    key: Float[Tensor, 'batch block head n dim_head'],
+    value: Float[Tensor, 'batch block head n dim_head'],
+) -> AttentionSums:
+    """
+    Return the sums of one chunk of points: scores in the precision given, sums in float64.
+
+    :param query: already divided by the square root of dim_head.
+    """
+    scores = query @ key.mT  # (batch, block, head, query, n)
+    logsumexp = scores.logsumexp(-1)
+    weights = (scores - logsumexp.unsqueeze(-1)).exp()
+    return AttentionSums(logsumexp.double(), (weights @ value).double())
+
+
+def empty(batch, num_blocks, num_heads, num_queries, dim_head, device=None) -> AttentionSums:
+    """
+    Return the sums of no points.
+    """
+    shape = (batch, num_blocks, num_heads, num_queries)
+    return AttentionSums(
+        torch.full(shape, -torch.inf, dtype=torch.float64, device=device),
+        torch.zeros(*shape, dim_head, dtype=torch.float64, device=device),
+    )
+
+
+def merge(a: AttentionSums, b: AttentionSums) -> AttentionSums:
+    """
+    Return the sums of both sets of points. Commutative, associative, exact.
+    """
+    largest = torch.maximum(a.logsumexp, b.logsumexp)
+    largest = torch.where(largest == -torch.inf, 0.0, largest)  # both empty
+    weight_a, weight_b = (a.logsumexp - largest).exp(), (b.logsumexp - largest).exp()
+    total = weight_a + weight_b
+    mean = weight_a.unsqueeze(-1) * a.mean_value + weight_b.unsqueeze(-1) * b.mean_value
+    mean = mean / torch.where(total > 0, total, 1.0).unsqueeze(-1)
+    return AttentionSums(largest + total.log(), mean)
+
+
+def forget(a: AttentionSums, factor: float) -> AttentionSums:
+    """
+    Weight every point folded so far by `factor` in (0, 1], against points to come.
+    """
+    log_factor = torch.tensor(factor, dtype=torch.float64).log().to(a.logsumexp.device)
+    return AttentionSums(a.logsumexp + log_factor, a.mean_value)

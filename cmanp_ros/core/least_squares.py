@@ -1,0 +1,349 @@
+"""
+The second memory: Bayesian linear regression on fixed basis functions, as additive sums.
+
+The basis are the eigenfunctions of the Laplacian on a box (Hilbert-space reduced-rank GP, Solin
+and Saerkkae 2020, doi 10.1007/s11222-019-09886-w), a constant, and the coordinates. The sums do
+not depend on hyperparameters: those enter in `solve`, through the spectral density.
+"""
+
+from functools import lru_cache
+from itertools import product
+from math import inf, lgamma, log, pi
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmanp_ros.core.config import LeastSquaresConfig
+
+HALF_WIDTH = 2.0  # of the workspace, in model units
+
+
+class LeastSquaresSums(NamedTuple):
+    """
+    What is kept of the observations: sums over points, all float64 but the bitmap.
+    """
+
+    gram: Tensor
+    """(batch, num_functions * (num_functions + 1) / 2): lower triangle of sum phi phi^T."""
+    moment: Tensor
+    """(batch, num_functions, dim_y): sum phi y."""
+    sum_squares: Tensor
+    """(batch, dim_y): sum y^2."""
+    count: Tensor
+    """(batch,): number of points, less what was forgotten."""
+    occupancy: Tensor
+    """(batch, num_voxels) bool: voxels in which a point ever lay."""
+
+
+class Regression(NamedTuple):
+    """
+    Posterior of the weights, averaged over hyperparameters by evidence (two moments, exact).
+    """
+
+    mean: Tensor
+    """(batch, num_functions, dim_y)."""
+    covariance: Tensor
+    """(batch, dim_y, num_functions, num_functions)."""
+    noise_variance: Tensor
+    """(batch, dim_y)."""
+    summary: Tensor
+    """(batch, dim_y, num_summaries): posterior of the hyperparameters, see `solve`."""
+
+
+def frequencies(config: LeastSquaresConfig, dim_x: int) -> Tensor:
+    """
+    Return the angular frequencies of the eigenfunctions, (num_eigenfunctions, dim_x).
+    """
+    indices = list(product(range(1, config.functions_per_axis + 1), repeat=dim_x))
+    return torch.tensor(indices, dtype=torch.float64) * (pi / (2 * config.box_half_width))
+
+
+def num_functions(config: LeastSquaresConfig, dim_x: int) -> int:
+    """
+    Return the number of basis functions: eigenfunctions, one constant, dim_x coordinates.
+    """
+    return config.functions_per_axis**dim_x + 1 + dim_x
+
+
+def basis(config: LeastSquaresConfig, x: Tensor) -> Tensor:
+    """
+    Evaluate the basis functions.
+
+    :param x: (batch, n, dim_x) in model units.
+    :return: (batch, n, num_functions) float64: eigenfunctions, 1, x / 2.
+    """
+    x = x.double()
+    j = torch.arange(1, config.functions_per_axis + 1, dtype=x.dtype, device=x.device)
+    phase = (x + config.box_half_width).unsqueeze(-1) * (j * (pi / (2 * config.box_half_width)))
+    factors = torch.sin(phase) / config.box_half_width**0.5  # (batch, n, dim_x, m)
+    functions = factors[..., 0, :]
+    for axis in range(1, x.shape[-1]):
+        functions = (functions.unsqueeze(-1) * factors[..., axis, None, :]).flatten(-2)
+    return torch.cat([functions, torch.ones_like(x[..., :1]), x / HALF_WIDTH], -1)
+
+
+def spectral_density(omega: Tensor, smoothness: float, length: float) -> Tensor:
+    """
+    Return the spectral density of a Matern kernel of variance 1 (Rasmussen and Williams 4.15).
+
+    :param omega: (num_eigenfunctions, dim_x) angular frequencies.
+    :param smoothness: nu; inf is the RBF kernel.
+    :return: (num_eigenfunctions,).
+    """
+    dim, square = omega.shape[-1], omega.square().sum(-1)
+    if smoothness == inf:
+        return (2 * pi) ** (dim / 2) * length**dim * torch.exp(-0.5 * length**2 * square)
+    nu, scale = smoothness, 2 * smoothness / length**2
+    constant = dim * log(2) + dim / 2 * log(pi) + lgamma(nu + dim / 2) - lgamma(nu)
+    return torch.exp(constant + nu * log(scale) - (nu + dim / 2) * torch.log(scale + square))
+
+
+@lru_cache(maxsize=None)
+def prior_variances(config: LeastSquaresConfig, dim_x: int) -> Tensor:
+    """
+    Return prior variances of the weights relative to the squared amplitude.
+
+    :return: (num_kernels, num_functions), one row for each smoothness and length.
+    """
+    omega = frequencies(config, dim_x)
+    linear = torch.tensor(
+        [config.offset_variance] + [config.slope_variance] * dim_x, dtype=torch.float64
+    )
+    rows = [
+        torch.cat([spectral_density(omega, nu, length) + 1e-10, linear])
+        for nu, length in product(config.smoothnesses, config.lengths)
+    ]
+    return torch.stack(rows)
+
+
+def sums(config: LeastSquaresConfig, x: Tensor, y: Tensor) -> LeastSquaresSums:
+    """
+    Return the sums of one chunk of points.
+
+    :param x: (batch, n, dim_x) in model units.
+    :param y: (batch, n, dim_y).
+    """
+    phi, y = basis(config, x), y.double()
+    gram = phi.mT @ phi  # (batch, num_functions, num_functions)
+    batch, n, dim_x = x.shape
+    occupancy = torch.zeros(
+        batch, config.voxels_per_axis**dim_x, dtype=torch.bool, device=x.device
+    )
+    occupancy.scatter_(1, _voxel(config, x), True)
+    return LeastSquaresSums(
+        gram=pack(gram),
+        moment=phi.mT @ y,
+        sum_squares=y.square().sum(1),
+        count=torch.full((batch,), float(n), dtype=torch.float64, device=x.device),
+        occupancy=occupancy,
+    )
+
+
+def _voxel(config, x):
+    """
+    Return the flat index (batch, n) of the voxel of each point; outside [-2, 2] the nearest.
+    """
+    m = config.voxels_per_axis
+    cell = ((x.double() / HALF_WIDTH + 1) * (m / 2)).floor().long().clamp(0, m - 1)
+    flat = cell[..., 0]
+    for axis in range(1, x.shape[-1]):
+        flat = flat * m + cell[..., axis]
+    return flat
+
+
+def empty(config: LeastSquaresConfig, dim_x: int, dim_y: int, batch: int, device=None):
+    """
+    Return the sums of no points.
+    """
+    size, kwargs = num_functions(config, dim_x), {'dtype': torch.float64, 'device': device}
+    return LeastSquaresSums(
+        gram=torch.zeros(batch, size * (size + 1) // 2, **kwargs),
+        moment=torch.zeros(batch, size, dim_y, **kwargs),
+        sum_squares=torch.zeros(batch, dim_y, **kwargs),
+        count=torch.zeros(batch, **kwargs),
+        occupancy=torch.zeros(
+            batch, config.voxels_per_axis**dim_x, dtype=torch.bool, device=device
+        ),
+    )
+
+
+def merge(a: LeastSquaresSums, b: LeastSquaresSums) -> LeastSquaresSums:
+    """
+    Return the sums of both sets of points: addition, and OR for the bitmap.
+    """
+    added = (p + q for p, q in zip(a[:-1], b[:-1], strict=True))
+    return LeastSquaresSums(*added, occupancy=a.occupancy | b.occupancy)
+
+
+def forget(a: LeastSquaresSums, factor: float) -> LeastSquaresSums:
+    """
+    Weight every point folded so far by `factor` in (0, 1]; the bitmap stays.
+    """
+    return LeastSquaresSums(*(p * factor for p in a[:-1]), occupancy=a.occupancy)
+
+
+def pack(square: Tensor) -> Tensor:
+    """
+    Return the lower triangle of symmetric matrices (..., n, n) as (..., n * (n + 1) / 2).
+    """
+    return square.flatten(-2)[..., _triangle(square.shape[-1])[0].to(square.device)]
+
+
+def unpack(triangle: Tensor) -> Tensor:
+    """
+    Return the symmetric matrices whose lower triangle is given; inverse of `pack`.
+    """
+    size = int(((8 * triangle.shape[-1] + 1) ** 0.5 - 1) / 2)
+    return triangle[..., _triangle(size)[1].to(triangle.device)].unflatten(-1, (size, size))
+
+
+@lru_cache(maxsize=None)
+def _triangle(size):
+    row, column = torch.tril_indices(size, size)
+    position = torch.empty(size, size, dtype=torch.long)
+    position[row, column] = position[column, row] = torch.arange(len(row))
+    return row * size + column, position.flatten()
+
+
+NUM_SUMMARIES = 8
+
+
+def solve(
+    config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums, num_kept: int = 8
+) -> Regression:
+    """
+    Solve the regression for every hyperparameter of the grid and average by evidence.
+
+    Conjugate normal-inverse-gamma model (Bishop 2006, 3.3, with the amplitude integrated out):
+    w ~ N(0, a^2 S), y ~ N(phi w, a^2 r^2), a^2 ~ InvGamma(shape, scale). The sums are scaled by
+    (voxels occupied) / (points), at most 1: what the basis cannot resolve is correlated within a
+    voxel, and a thousand readings of one spot tell no more of its surroundings than one.
+
+    :param variances: (num_kernels, num_functions) of `prior_variances`.
+    :param num_kept: settings of most evidence that are kept of the average.
+    :return: posterior of the weights; `summary` holds the posterior means of log length, log
+        noise ratio, 1 / smoothness, their spread, log amplitude, log(1 + effective count),
+        and log(effective count / count).
+    """
+    honesty = (a.occupancy.sum(-1) / a.count.clamp(min=1)).clamp(max=1).double()  # (batch,)
+    count = a.count * honesty
+    gram = unpack(a.gram) * honesty[:, None, None]
+    moment = a.moment * honesty[:, None, None]
+    sum_squares = a.sum_squares * honesty[:, None]
+    shape = config.amplitude_shape + count / 2  # (batch,)
+    scales = variances.to(gram.device).sqrt()  # (kernels, functions)
+    noises = torch.tensor(config.noise_ratios, dtype=torch.float64, device=gram.device).square()
+
+    log_evidence, beta = [], []
+    for scale in scales:  # a loop keeps the matrices in the cache
+        factor, half = _factorize(gram.unsqueeze(1), moment.unsqueeze(1), scale, noises)
+        residual = sum_squares.unsqueeze(1) / noises.unsqueeze(-1) - half.square().sum(-2)
+        beta.append(config.amplitude_scale + residual.clamp(min=0) / 2)  # (batch, noises, dim_y)
+        log_determinant = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_determinant = log_determinant + count.unsqueeze(-1) / 2 * noises.log()
+        log_evidence.append(
+            -shape[:, None, None] * beta[-1].log() - log_determinant.unsqueeze(-1)
+        )
+    weight = torch.cat(log_evidence, 1).softmax(1)  # (batch, settings, dim_y)
+    amplitude2 = torch.cat(beta, 1) / (shape[:, None, None] - 1)
+
+    kept = weight.sum(-1).topk(min(num_kept, weight.shape[1]), dim=1).indices
+    total = weight.gather(1, kept.unsqueeze(-1).expand(-1, -1, weight.shape[-1])).sum(1)
+    mean, covariance, noise = 0, 0, 0
+    settings = []
+    rows = torch.arange(len(kept), device=kept.device)
+    for index in kept.T:  # each (batch,): another setting for each tile
+        share = weight[rows, index] / total  # (batch, dim_y)
+        scale = scales[torch.div(index, len(noises), rounding_mode='floor')]
+        noise2 = noises[index % len(noises)]
+        factor, half = _factorize(gram, moment, scale, noise2)
+        w = torch.linalg.solve_triangular(factor.mT, half, upper=True) * scale.unsqueeze(-1)
+        inverse = torch.cholesky_inverse(factor) * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+        scaled = share * amplitude2[rows, index]  # (batch, dim_y)
+        mean = mean + share.unsqueeze(1) * w
+        covariance = covariance + scaled[..., None, None] * inverse.unsqueeze(1)
+        noise = noise + scaled * noise2.unsqueeze(-1)
+        settings.append((share, w))
+    for share, w in settings:  # the settings disagree: that is uncertainty too
+        spread = ((w - mean) * share.sqrt().unsqueeze(1)).mT  # (batch, dim_y, functions)
+        covariance = covariance + spread.unsqueeze(-1) * spread.unsqueeze(-2)
+
+    grid = _grid(config).to(gram.device)  # (settings, 3)
+    moments = torch.einsum('bso,sp->bop', weight, torch.cat([grid, grid.square()], -1))
+    center, square = moments.chunk(2, -1)
+    counts = torch.stack([torch.log1p(count), honesty.log()], -1)
+    amplitude = (weight * amplitude2).sum(1)
+    summary = torch.cat(
+        [
+            center,
+            (square - center.square()).clamp(min=0).sqrt()[..., :2],
+            0.5 * amplitude.log().unsqueeze(-1),
+            counts.unsqueeze(1).expand(-1, weight.shape[-1], -1),
+        ],
+        -1,
+    )
+    return Regression(mean, covariance, noise, summary)
+
+
+def _factorize(gram, moment, scale, noise2):
+    """
+    Return the Cholesky factor of the whitened posterior precision, and factor^-1 rhs.
+
+    :param gram: (batch, [1,] functions, functions); `moment` alike.
+    :param scale: ([batch,] functions), prior standard deviations.
+    :param noise2: (batch,) or (noises,), squared noise ratios.
+    """
+    noise2 = noise2[:, None, None]
+    precision = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2) / noise2
+    precision.diagonal(dim1=-2, dim2=-1).add_(1)
+    factor = torch.linalg.cholesky(precision)
+    rhs = moment * scale.unsqueeze(-1) / noise2
+    return factor, torch.linalg.solve_triangular(factor, rhs, upper=False)
+
+
+def _grid(config):
+    """
+    Return log length, log noise ratio, 1 / smoothness of every setting, (settings, 3).
+    """
+    rows = [
+        (log(length), log(noise), 0.0 if nu == inf else 1 / nu)
+        for nu, length, noise in product(config.smoothnesses, config.lengths, config.noise_ratios)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def predict(config: LeastSquaresConfig, regression: Regression, x: Tensor):
+    """
+    Predict the field, without observation noise.
+
+    :param x: (batch, n, dim_x) in model units.
+    :return: mean and variance, both (batch, n, dim_y) float64.
+    """
+    phi = basis(config, x)
+    mean = phi @ regression.mean
+    variance = torch.einsum('bnf,bofg,bng->bno', phi, regression.covariance, phi)
+    return mean, variance.clamp(min=1e-12)
+
+
+def joint_covariance(config: LeastSquaresConfig, regression: Regression, x: Tensor) -> Tensor:
+    """
+    Return the covariance of the field between all points, (batch, dim_y, n, n).
+    """
+    phi = basis(config, x).unsqueeze(1)
+    return phi @ regression.covariance @ phi.mT
+
+
+def sample_weights(regression: Regression, num_samples: int, generator=None) -> Tensor:
+    """
+    Draw weights, (batch, num_samples, num_functions, dim_y): each is a whole sampled field.
+
+    Memory does not depend on the number of points at which the fields are evaluated.
+    """
+    batch, size, dim_y = regression.mean.shape
+    value, vector = torch.linalg.eigh(regression.covariance)  # semidefinite: no Cholesky factor
+    root = vector * value.clamp(min=0).sqrt().unsqueeze(-2)
+    noise = torch.randn(
+        batch, dim_y, size, num_samples, dtype=root.dtype, device=root.device, generator=generator
+    )
+    return regression.mean.unsqueeze(1) + (root @ noise).permute(0, 3, 2, 1)

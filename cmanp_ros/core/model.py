@@ -1,0 +1,293 @@
+"""The Constant Memory Attentive Neural Process: fold points into a state, predict from it."""
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from cmanp_ros.core import inducing, least_squares
+from cmanp_ros.core.blocks import DecoderLayer, mlp
+from cmanp_ros.core.config import CMANPConfig
+from cmanp_ros.core.encoder import Encoder
+from cmanp_ros.core.errors import InputError
+from cmanp_ros.core.least_squares import Regression
+from cmanp_ros.core.predictive import PredictiveDistribution
+from cmanp_ros.core.state import State, merge
+
+TARGETS_AT_ONCE = 4096  # bounds the memory of a prediction
+
+
+class Encoding(NamedTuple):
+    """
+    What a prediction needs of a state; made by the first prediction after an update.
+    """
+
+    projected: list[Tensor]
+    """For each decoder layer, keys and values of the latents (batch, num_latents, 2 * dim)."""
+    regression: Regression | None
+
+
+class Prior(NamedTuple):
+    """
+    What the regression says at the targets, which the decoder corrects; float64.
+    """
+
+    mean: Tensor
+    """(batch, n, dim_y)."""
+    variance: Tensor
+    """(batch, n, dim_y) of the field, without noise."""
+    noise_variance: Tensor
+    """(batch, 1, dim_y)."""
+    summary: Tensor
+    """(batch, 1, dim_y, NUM_SUMMARIES)."""
+
+
+class CMANP(nn.Module):
+    """
+    Constant Memory Attentive Neural Process (Feng et al., ICML 2024, arXiv 2305.14567).
+
+    With `CMANPConfig.field` the regression on basis functions predicts, and the network corrects
+    its mean (in units of its stddev) and its stddev; untrained, the corrections are zero.
+    """
+
+    def __init__(self, config: CMANPConfig):
+        super().__init__()
+        self.config = config
+        dim, depth = config.dim_model, config.embedder_depth
+        dim_context, dim_target = config.dim_x + config.dim_y, config.dim_x
+        self.location = None
+        if config.inducing_points:
+            self.location = inducing.FourierFeatures(config.dim_x, dim, config.num_heads)
+            dim_context, dim_target = dim + 21 * config.dim_y, dim
+        if config.least_squares is not None:
+            dim_target += config.dim_y * (3 + least_squares.NUM_SUMMARIES)
+        self.embedder = mlp(dim_context, dim, dim, depth)
+        self.query_embedder = mlp(dim_target, dim, dim, depth)
+        self.encoder = Encoder(config)
+        self.decoder = nn.ModuleList(
+            DecoderLayer(dim, config.dim_feedforward, config.num_heads)
+            for _ in range(config.num_blocks)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.predictor = mlp(dim, config.dim_feedforward, 2 * config.dim_y, 2)
+        if config.inducing_points:
+            inducing.initialize(self)
+        if config.least_squares is not None:
+            nn.init.zeros_(self.predictor[-1].weight)
+            nn.init.zeros_(self.predictor[-1].bias)
+        self._encodings: WeakKeyDictionary[State, Encoding] = WeakKeyDictionary()
+
+    # State ---------------------------------------------------------------------------------
+
+    def init_state(self, batch: int = 1) -> State:
+        """
+        Return the state of no observations.
+        """
+        config, device = self.config, self.encoder.latents.device
+        regression = config.least_squares and least_squares.empty(
+            config.least_squares, config.dim_x, config.dim_y, batch, device
+        )
+        count = torch.zeros(batch, dtype=torch.int64, device=device)
+        return State(self.encoder.empty(batch), regression, count)
+
+    def update(
+        self,
+        state: State,
+        x: Shaped[Tensor, 'batch n dim_x'],
+        y: Shaped[Tensor, 'batch n dim_y'],
+    ) -> State:
+        """
+        Fold observations in, exactly and without the old ones; neither latents nor factors run.
+
+        :param x: (batch, n, dim_x) in model units, any n >= 0.
+        :param y: (batch, n, dim_y) in model units.
+        :return: a new state; the one given is unchanged.
+        :raises InputError: for wrong shapes or values that are not finite.
+        """
+        self._check(state, x, self.config.dim_x, 'x')
+        self._check(state, y, self.config.dim_y, 'y')
+        if x.shape[1] != y.shape[1]:
+            raise InputError(f'x has {x.shape[1]} points and y {y.shape[1]}: expected as many')
+        for name, value in (('x', x), ('y', y)):
+            if not torch.isfinite(value).all():
+                raise InputError(f'{name} has NaN or infinite numbers; drop those points first')
+        step = self.config.chunk_size
+        for start in range(0, x.shape[1], step):
+            chunk = slice(start, start + step)
+            state = merge(state, self._chunk(x[:, chunk], y[:, chunk]))
+        return state
+
+    def _chunk(self, x, y):
+        config, count = self.config, x.shape[1]
+        regression = config.least_squares and least_squares.sums(config.least_squares, x, y)
+        number = torch.full((len(x),), count, dtype=torch.int64, device=x.device)
+        return State(self.encoder.fold(self.embed(x, y)), regression, number)
+
+    def embed(self, x, y) -> Float[Tensor, 'batch n dim_model']:
+        """
+        Return the tokens of observations.
+        """
+        x, y = x.to(self.encoder.latents.dtype), y.to(self.encoder.latents.dtype)
+        if self.location is None:
+            return self.embedder(torch.cat([x, y], -1))
+        place = self.location(x)
+        return place + self.embedder(torch.cat([place, inducing.value_features(y)], -1))
+
+    # Prediction ----------------------------------------------------------------------------
+
+    def predict(
+        self, state: State, x_target: Shaped[Tensor, 'batch n dim_x'], joint: bool = False
+    ) -> PredictiveDistribution:
+        """
+        Predict observations at targets.
+
+        :param x_target: (batch, n, dim_x) in model units.
+        :param joint: also return the covariance over the targets: n^2 numbers. Without the
+            least-squares memory targets are independent.
+        :raises InputError: for wrong shapes or values that are not finite.
+        """
+        self._check(state, x_target, self.config.dim_x, 'x_target')
+        if not torch.isfinite(x_target).all():
+            raise InputError('x_target has NaN or infinite numbers; drop those targets first')
+        encoding = self.encoding(state)
+        parts = [
+            self.decode(encoding, chunk, self.regress(encoding, chunk))
+            for chunk in x_target.split(TARGETS_AT_ONCE, 1)
+        ]
+        mean, stddev = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        covariance = self._covariance(encoding, x_target, stddev) if joint else None
+        return PredictiveDistribution(mean, stddev, covariance)
+
+    def sample_fields(
+        self, state: State, x_target: Tensor, num_samples: int, generator=None
+    ) -> Tensor:
+        """
+        Draw whole fields (without observation noise) and evaluate them at targets.
+
+        Weights are sampled, not targets: memory does not grow with their number squared, and
+        one generator seed gives one field wherever it is evaluated.
+
+        :return: (num_samples, batch, n, dim_y).
+        :raises InputError: for a model without the least-squares memory.
+        """
+        if self.config.least_squares is None:
+            raise InputError('this model has no least-squares memory, so no fields to sample')
+        encoding = self.encoding(state)
+        weights = least_squares.sample_weights(encoding.regression, num_samples, generator)
+        parts = []
+        for chunk in x_target.split(TARGETS_AT_ONCE, 1):
+            prior = self.regress(encoding, chunk)
+            mean, stddev = self.decode(encoding, chunk, prior)
+            ratio = stddev / (prior.variance + prior.noise_variance).sqrt()
+            phi = least_squares.basis(self.config.least_squares, chunk).unsqueeze(1)
+            deviation = phi @ weights - prior.mean.unsqueeze(1)  # (batch, samples, n, dim_y)
+            parts.append((mean.unsqueeze(1) + deviation * ratio.unsqueeze(1)).transpose(0, 1))
+        return torch.cat(parts, 2)
+
+    def encoding(self, state: State) -> Encoding:
+        """
+        Return what predictions need of a state; cached for as long as the state lives.
+        """
+        if torch.is_grad_enabled() or self.training:
+            return self._encode(state)
+        if state not in self._encodings:
+            self._encodings[state] = self._encode(state)
+        return self._encodings[state]
+
+    def train(self, mode: bool = True):
+        """
+        Switch between training and evaluation; cached encodings are dropped.
+        """
+        self._encodings.clear()
+        return super().train(mode)
+
+    def load_state_dict(self, *args, **kwargs):
+        """
+        Load weights; cached encodings are dropped.
+        """
+        self._encodings.clear()
+        return super().load_state_dict(*args, **kwargs)
+
+    def _encode(self, state):
+        config = self.config.least_squares
+        regression = config and least_squares.solve(
+            config, least_squares.prior_variances(config, self.config.dim_x), state.least_squares
+        )
+        return Encoding(self.project(self.encoder(state.attention)), regression)
+
+    def project(self, latents: list[Tensor]) -> list[Tensor]:
+        """
+        Project the latents of each block to the keys and values of its decoder layer.
+        """
+        return [
+            layer.cross_attention.keys_and_values(z)
+            for layer, z in zip(self.decoder, latents, strict=True)
+        ]
+
+    def regress(self, encoding: Encoding, x: Tensor) -> Prior | None:
+        """
+        Return what the least-squares memory says at targets; None without one.
+        """
+        regression = encoding.regression
+        if regression is None:
+            return None
+        mean, variance = least_squares.predict(self.config.least_squares, regression, x)
+        noise = regression.noise_variance.unsqueeze(1)
+        return Prior(mean, variance, noise, regression.summary.unsqueeze(1))
+
+    def decode(self, encoding: Encoding, x: Tensor, prior: Prior | None):
+        """
+        Return mean and stddev of an observation, (batch, n, dim_y) each.
+        """
+        x = x.to(self.encoder.latents.dtype)
+        place = x if self.location is None else self.location(x)
+        inputs = [place]
+        if prior is not None:
+            inputs.append(self._prior_features(prior, place))
+        h = self.query_embedder(torch.cat(inputs, -1))
+        if self.location is not None:
+            h = h + place
+        for layer, projected in zip(self.decoder, encoding.projected, strict=True):
+            h = layer(h, projected)
+        first, second = self.predictor(self.norm(h)).chunk(2, -1)
+        if prior is not None:
+            stddev = (prior.variance + prior.noise_variance).sqrt()
+            mean = prior.mean + stddev * _bounded(first.double(), 2.0)
+            return mean, stddev * _bounded(second.double(), 1.5).exp()
+        if self.config.bounded_stddev:
+            return first, 0.05 + 0.95 * nn.functional.softplus(second)
+        return first, second.exp()
+
+    def _prior_features(self, prior, place):
+        logs = 0.5 * torch.stack([prior.variance, prior.noise_variance.expand_as(prior.mean)], -1).log()
+        summary = prior.summary.expand(-1, place.shape[1], -1, -1)
+        features = torch.cat([prior.mean.unsqueeze(-1), logs, summary], -1)
+        return _bounded(features.flatten(-2) / 2, 4.0).to(place.dtype)
+
+    def _covariance(self, encoding, x, stddev):
+        regression = encoding.regression
+        if regression is None:
+            return torch.diag_embed(stddev.square().mT)
+        config = self.config.least_squares
+        covariance = least_squares.joint_covariance(config, regression, x)
+        noise = regression.noise_variance[..., None, None]
+        eye = torch.eye(x.shape[1], dtype=covariance.dtype, device=x.device)
+        covariance = covariance + noise * eye
+        ratio = stddev.mT / covariance.diagonal(dim1=-2, dim2=-1).sqrt()  # (batch, dim_y, n)
+        return covariance * ratio.unsqueeze(-1) * ratio.unsqueeze(-2)
+
+    def _check(self, state, value, dim, name):
+        if value.dim() != 3 or len(value) != state.batch or value.shape[-1] != dim:
+            raise InputError(
+                f'{name} has shape {tuple(value.shape)}, expected (batch, n, dim) = '
+                f'({state.batch}, n, {dim})'
+            )
+
+
+def _bounded(value, limit):
+    """
+    Return about `value` where it is small, never beyond the limit: odd inputs stay harmless.
+    """
+    return limit * torch.tanh(value / limit)

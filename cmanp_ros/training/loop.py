@@ -1,0 +1,173 @@
+"""
+Train a field model: resumable, one optimizer step for each batch, log beside the checkpoint.
+"""
+
+import csv
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from math import cos, pi
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from cmanp_ros.checkpoint import save_model
+from cmanp_ros.core import CMANP, CMANPConfig
+from cmanp_ros.core.errors import ConfigError
+from cmanp_ros.core.metrics import log_likelihood
+from cmanp_ros.core.model import Encoding
+from cmanp_ros.training.batches import Batch, Batches, augment, unpack
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """
+    What to train, on how much, into which folder.
+    """
+
+    folder: str
+    steps: int = 10_000
+    num_batches: int = 2_000
+    """Distinct batches; each comes back mirrored and swapped."""
+    batch_size: int = 16
+    max_context: int = 1024
+    num_target: int = 128
+    learning_rate: float = 1e-3
+    warmup: int = 300
+    seed: int = 0
+    workers: int = 1
+    """Processes that make batches."""
+
+    def __post_init__(self):
+        for name in ('steps', 'num_batches', 'batch_size', 'max_context', 'num_target'):
+            if getattr(self, name) < 1:
+                raise ConfigError(f'{name} is {getattr(self, name)}, expected at least 1')
+
+
+def train(
+    model_config: CMANPConfig,
+    config: TrainingConfig,
+    on_step: Callable[[int, float], bool | None] = lambda step, loss: None,
+) -> Path:
+    """
+    Train from scratch, or go on where the folder's last checkpoint stands.
+
+    :param on_step: called after every step with its number and loss; True stops cleanly.
+    :return: the model file.
+    """
+    folder = Path(config.folder)
+    torch.manual_seed(config.seed)
+    model = CMANP(model_config)
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=1e-2)
+    start, seconds = _resume(folder, model, optimizer)
+    batches = Batches(
+        model_config,
+        folder / 'batches',
+        config.num_batches,
+        config.batch_size,
+        config.max_context,
+        config.num_target,
+        config.seed,
+    )
+    order = _order(config)[start : config.steps]
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=order,
+        num_workers=config.workers,
+        prefetch_factor=4 if config.workers else None,
+        multiprocessing_context='spawn' if config.workers else None,
+    )
+    model.train()
+    started, stop = time.monotonic() - seconds, False
+    for step, tensors in enumerate(loader, start + 1):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        loss = -batch_log_likelihood(model, augment(unpack(tensors), generator)).mean()
+        for group in optimizer.param_groups:
+            group['lr'] = config.learning_rate * _schedule(step, config)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        stop = bool(on_step(step, loss.item()))
+        _log(folder, step, loss.item(), time.monotonic() - started)
+        if step % 250 == 0 or step == config.steps or stop:
+            _save(folder, model, optimizer, step, time.monotonic() - started, config)
+        if stop:
+            break
+    return folder / 'model.safetensors'
+
+
+def batch_log_likelihood(model: CMANP, batch: Batch) -> torch.Tensor:
+    """
+    Return the log-likelihood of each task, with gradients for everything but the regression.
+    """
+    task, prior = batch
+    sums = model.encoder.fold(model.embed(task.x_context, task.y_context))
+    encoding = Encoding(model.project(model.encoder(sums)), None)
+    mean, stddev = model.decode(encoding, task.x_target, prior)
+    return log_likelihood(mean, stddev, task.y_target.double())
+
+
+def _order(config):
+    """
+    Return the batch of every step: all of them shuffled, again and again.
+    """
+    epochs = -(-config.steps // config.num_batches)
+    order = []
+    for epoch in range(epochs):
+        generator = torch.Generator().manual_seed(config.seed + epoch)
+        order += torch.randperm(config.num_batches, generator=generator).tolist()
+    return order
+
+
+def _schedule(step, config):
+    warm = min(step / config.warmup, 1)
+    return warm * 0.5 * (1 + cos(pi * min(step / config.steps, 1)))
+
+
+def _save(folder, model, optimizer, step, seconds, config):
+    tensors = {f'model.{name}': value for name, value in model.state_dict().items()}
+    for index, state in optimizer.state_dict()['state'].items():
+        tensors |= {f'optimizer.{index}.{name}': value for name, value in state.items()}
+    partial = folder / 'last.partial'
+    progress = {'step': step, 'seconds': seconds}
+    save_file(tensors, partial, {'progress': json.dumps(progress)})
+    partial.replace(folder / 'last.safetensors')
+    extra = {'training': asdict(config) | {'folder': folder.name}, **progress}
+    save_model(model, folder / 'model.safetensors', extra)
+
+
+def _resume(folder, model, optimizer):
+    from safetensors import safe_open
+
+    path = folder / 'last.safetensors'
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        return 0, 0.0
+    tensors = load_file(path)
+    model.load_state_dict(
+        {k.removeprefix('model.'): v for k, v in tensors.items() if k.startswith('model.')}
+    )
+    state = {}
+    for name, value in tensors.items():
+        if name.startswith('optimizer.'):
+            _, index, key = name.split('.')
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {'state': state})
+    with safe_open(path, framework='pt') as file:
+        progress = json.loads(file.metadata()['progress'])
+    return progress['step'], progress['seconds']
+
+
+def _log(folder, step, loss, seconds):
+    path = folder / 'log.csv'
+    is_new = not path.is_file()
+    with path.open('a', newline='') as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow(['step', 'loss', 'seconds'])
+        writer.writerow([step, f'{loss:.5f}', f'{seconds:.1f}'])

@@ -1,0 +1,98 @@
+"""
+The thread that owns the model: folds batches from a bounded queue, answers between chunks.
+
+No ROS and no torch here: `fold` and the answers are callables.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any
+
+
+class Worker:
+    """
+    One thread, two queues: answers go first, so that a burst of observations delays no client.
+    """
+
+    def __init__(self, fold: Callable[[Any], Iterable[None]], queue_size: int):
+        """
+        Prepare; `start` starts the thread.
+
+        :param fold: called with each batch; an iterator, and between two of its steps answers
+            are served. It must not raise.
+        :param queue_size: batches that may wait.
+        """
+        self._fold, self._queue_size = fold, queue_size
+        self._batches, self._questions = deque(), deque()
+        self._condition = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name='cmanp worker', daemon=True)
+
+    def start(self):
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self):
+        """End the thread after the step it is in; what waits is cancelled."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        self._thread.join()
+        for _, future in self._questions:
+            future.cancel()
+
+    def offer(self, batch) -> list:
+        """
+        Hand over a batch.
+
+        :return: batches that were dropped for it: the oldest, if the queue was full.
+        """
+        with self._condition:
+            self._batches.append(batch)
+            dropped = []
+            while len(self._batches) > self._queue_size:
+                dropped.append(self._batches.popleft())
+            self._condition.notify()
+        return dropped
+
+    def clear(self) -> list:
+        """Take back and return the batches that wait."""
+        with self._condition:
+            waiting = list(self._batches)
+            self._batches.clear()
+        return waiting
+
+    def ask(self, question: Callable[[], Any]) -> Future:
+        """Run a callable on the thread that owns the model, before the next chunk."""
+        future = Future()
+        with self._condition:
+            self._questions.append((question, future))
+            self._condition.notify()
+        return future
+
+    def _run(self):
+        while True:
+            with self._condition:
+                self._condition.wait_for(
+                    lambda: self._stopping or self._questions or self._batches
+                )
+                if self._stopping:
+                    return
+                batch = self._batches.popleft() if not self._questions else None
+            self._answer()
+            if batch is not None:
+                for _ in self._fold(batch):
+                    self._answer()
+                    if self._stopping:
+                        return
+
+    def _answer(self):
+        while self._questions:
+            question, future = self._questions.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(question())
+                except Exception as error:  # it belongs to whoever asked
+                    future.set_exception(error)

@@ -1,0 +1,349 @@
+"""The node over Fast DDS: observations in, predictive distributions out."""
+
+import array
+import threading
+
+import numpy as np
+import pytest
+from cmanp_ros.conversions import (
+    cloud_from_points,
+    message_from_observations,
+    predictions_from_message,
+)
+from cmanp_ros.msg import Observations, Prediction, Query
+from cmanp_ros.srv import Predict
+from conftest import wait_for
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from lifecycle_msgs.srv import ChangeState, GetState
+from nav_msgs.msg import OccupancyGrid
+from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
+from sensor_msgs.msg import PointCloud2
+from std_msgs.msg import Header
+from std_srvs.srv import SetBool, Trigger
+from visualization_msgs.msg import MarkerArray
+
+LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+
+
+def header(frame_id='map', sec=7):
+    """Return a header."""
+    message = Header(frame_id=frame_id)
+    message.stamp.sec = sec
+    return message
+
+
+def height(x):
+    """Return the field of these tests, (n, 1) [m]."""
+    return np.sin(x[:, :1] / 6) + 0.5 * np.cos(x[:, 1:] / 9)
+
+
+def scattered(num_points, seed=0):
+    """Return locations in the workspace, (n, 2) [m]."""
+    return np.random.default_rng(seed).uniform(-24, 24, (num_points, 2))
+
+
+def cloud(x, value=None, **kwargs):
+    """Return a cloud of heights at x."""
+    value = height(x)[:, 0] if value is None else value
+    fields = {'x': x[:, 0], 'y': x[:, 1], 'z': value}
+    return cloud_from_points(fields, header(**kwargs))
+
+
+def query(x, query_id=11, **kwargs):
+    """Return a query."""
+    message = Query(header=header(**kwargs), id=query_id, dim_x=x.shape[1])
+    message.x = array.array('f', x.astype(np.float32).ravel())
+    return message
+
+
+def request(x, **kwargs):
+    """Return a request of the service."""
+    message = Predict.Request(header=header(), dim_x=x.shape[1], **kwargs)
+    message.x = array.array('f', x.astype(np.float32).ravel())
+    return message
+
+
+def counts(node):
+    """Return the counters of points and of messages."""
+    return node._points.snapshot(), node._messages.snapshot()
+
+
+def test_cloud_in_prediction_out_on_topic_and_service(start_node, client):
+    node = start_node()
+    predictions = client.collect(Prediction, 'cmanp/prediction', 10)
+    queries = client.publisher(Query, 'query')
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    wait_for(lambda: client.node.count_publishers('cmanp/prediction'))
+    points.publish(cloud(scattered(701)))
+    wait_for(lambda: node.field.num_observations == 701)
+
+    target = scattered(53, seed=1)
+    queries.publish(query(target))
+    answer = wait_for(lambda: predictions)[0]
+    mean, stddev, status = predictions_from_message(answer)
+    assert (answer.id, answer.num_observations, answer.header.stamp.sec) == (11, 701, 7)
+    assert answer.header.frame_id == 'map'
+    assert not status.any()
+    error = mean - height(target)
+    assert np.sqrt(np.mean(error**2)) < 0.05
+    assert np.mean(np.abs(error) < 1.645 * stddev) > 0.8
+
+    response = client.call(Predict, 'cmanp/predict', request(target))
+    assert response.success, response.message
+    assert response.prediction.mean == answer.mean
+    assert response.prediction.stddev == answer.stddev
+    assert not response.covariance and not response.samples
+
+
+def test_observations_in_prediction_out(start_node, client):
+    node = start_node()
+    publisher = client.publisher(Observations, 'observations', qos_profile_sensor_data)
+    x = scattered(307)
+    publisher.publish(message_from_observations(x, height(x), header()))
+    wait_for(lambda: node.field.num_observations == 307)
+    response = client.call(Predict, 'cmanp/predict', request(x[:31]))
+    mean, *_ = predictions_from_message(response.prediction)
+    assert np.abs(mean - height(x[:31])).max() < 0.2
+
+
+def test_prediction_before_the_first_observation_is_the_prior(start_node, client):
+    start_node(value_offset=300.0, value_scale=40.0)
+    x = np.concatenate([scattered(29), [[400.0, 0.0], [np.nan, 0.0]]])
+    prediction = client.call(Predict, 'cmanp/predict', request(x)).prediction
+    mean, stddev, status = predictions_from_message(prediction)
+    assert prediction.num_observations == 0
+    assert status.tolist() == [0] * 29 + [1, 2]
+    assert np.isnan(mean[-1]) and np.isnan(stddev[-1])
+    assert np.all(np.abs(mean[:-1] - 300) < 40)
+    assert np.all((stddev[:-1] > 10) & (stddev[:-1] < 200))
+
+
+def test_joint_prediction_and_samples_are_consistent(start_node, client):
+    node = start_node()
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    points.publish(cloud(scattered(97)))
+    wait_for(lambda: node.field.num_observations == 97)
+    x = np.stack([np.linspace(-20, 20, 41), np.full(41, 3.0)], 1)
+    response = client.call(Predict, 'cmanp/predict', request(x, joint=True, num_samples=100))
+    assert response.success, response.message
+    mean, stddev, _ = predictions_from_message(response.prediction)
+    covariance = np.asarray(response.covariance).reshape(41, 41)
+    samples = np.asarray(response.samples).reshape(100, 41)
+    np.testing.assert_allclose(np.sqrt(np.diag(covariance)), stddev[:, 0], rtol=1e-4)
+    np.testing.assert_array_less(-1e-4, np.linalg.eigvalsh(covariance))
+    assert np.abs(samples.mean(0) - mean[:, 0]).max() < 4 * stddev.max() / np.sqrt(100)
+    deviation = samples - mean[:, 0]
+    steps, spread = np.abs(np.diff(deviation, axis=1)), np.abs(np.diff(deviation, axis=0))
+    assert steps.mean() < 0.6 * spread.mean(), 'samples are not smooth fields'
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'expected'),
+    [
+        ({'dim_x': 3}, 'dim_x'),
+        ({'joint': True, 'count': 30}, 'max_joint_targets'),
+        ({'num_samples': 20, 'count': 3}, 'max_samples'),
+        ({'count': 200}, 'max_targets'),
+        ({'frame_id': ''}, 'frame_id'),
+        ({'frame_id': 'nowhere'}, 'tf2'),
+    ],
+)
+def test_request_that_cannot_be_served_says_why(start_node, client, arguments, expected):
+    start_node(max_joint_targets=20, max_samples=10, max_targets=150, grid_resolution=10.0)
+    arguments = dict(arguments)
+    bad = request(scattered(arguments.pop('count', 6)))
+    bad.header.frame_id = arguments.pop('frame_id', 'map')
+    for name, value in arguments.items():
+        setattr(bad, name, value)
+    response = client.call(Predict, 'cmanp/predict', bad)
+    assert not response.success
+    assert expected in response.message
+    assert not response.prediction.mean
+
+
+def malformed(kind):
+    """Return a cloud that cannot be used, and the reason under which it is counted."""
+    x = scattered(13)
+    message = cloud(x)
+    if kind == 'missing_field':
+        message.fields = message.fields[:2]
+    elif kind == 'bad_size':
+        message.data = message.data[:-5]
+    elif kind == 'bad_datatype':
+        message.fields[0].datatype = 99
+    elif kind == 'bad_field_layout':
+        message.fields[1].offset = 4000
+    elif kind == 'no_transform':
+        message.header.frame_id = 'nowhere'
+    elif kind == 'too_many_points':
+        message = cloud(scattered(60))
+    return message
+
+
+@pytest.mark.parametrize(
+    'reason',
+    [
+        'missing_field',
+        'bad_size',
+        'bad_datatype',
+        'bad_field_layout',
+        'no_transform',
+        'too_many_points',
+    ],
+)
+def test_malformed_cloud_is_counted_by_reason_and_changes_nothing(start_node, client, reason):
+    node = start_node(max_points=50)
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    points.publish(cloud(scattered(23)))
+    wait_for(lambda: node.field.num_observations == 23)
+    before = node.field.state
+    points.publish(malformed(reason))
+    wait_for(lambda: counts(node)[1].rejected == {reason: 1})
+    assert node.field.state is before
+    points.publish(cloud(scattered(19)))
+    wait_for(lambda: node.field.num_observations == 42)
+    assert all(snapshot.conserved for snapshot in counts(node))
+
+
+def test_points_that_cannot_be_used_are_counted_and_the_others_folded(start_node, client):
+    node = start_node()
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    x = scattered(17)
+    x[0], value = [900.0, 0.0], height(x)[:, 0]
+    value[1], value[2], value[3] = np.nan, np.inf, 1e30
+    points.publish(cloud(x, value))
+    wait_for(lambda: counts(node)[1].folded == 1)
+    snapshot = counts(node)[0]
+    assert snapshot.folded == node.field.num_observations == 13
+    assert snapshot.rejected == {'not_finite': 2, 'outside_workspace': 1, 'value_out_of_range': 1}
+    assert snapshot.conserved
+
+
+def test_empty_cloud_is_folded_without_effect(start_node, client):
+    node = start_node()
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    points.publish(cloud(np.zeros((0, 2))))
+    wait_for(lambda: counts(node)[1].folded == 1)
+    assert node.field.num_observations == 0
+
+
+def test_reset_gives_the_prior_again(start_node, client):
+    node = start_node()
+    x = scattered(37)
+    prior = client.call(Predict, 'cmanp/predict', request(x)).prediction
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    points.publish(cloud(x))
+    wait_for(lambda: node.field.num_observations == 37)
+    response = client.call(Trigger, 'cmanp/reset', Trigger.Request())
+    assert (response.success, response.message) == (True, 'forgot 37 observations')
+    after = client.call(Predict, 'cmanp/predict', request(x)).prediction
+    assert (after.num_observations, after.mean, after.stddev) == (0, prior.mean, prior.stddev)
+
+
+def test_paused_node_answers_but_rejects_observations(start_node, client):
+    node = start_node()
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    assert client.call(SetBool, 'cmanp/pause', SetBool.Request(data=True)).success
+    points.publish(cloud(scattered(41)))
+    wait_for(lambda: counts(node)[1].rejected == {'paused': 1})
+    assert client.call(Predict, 'cmanp/predict', request(scattered(3))).success
+    assert client.call(SetBool, 'cmanp/pause', SetBool.Request(data=False)).success
+    points.publish(cloud(scattered(41)))
+    wait_for(lambda: node.field.num_observations == 41)
+
+
+def test_grid_topics_are_latched_and_published_only_where_somebody_listens(start_node, client):
+    node = start_node(publish_rate=50.0, grid_resolution=2.0)
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    points.publish(cloud(scattered(211)))
+    wait_for(lambda: node.field.num_observations == 211)
+    assert node._published is None
+    received = {
+        topic: client.collect(message_type, f'cmanp/{topic}', LATCHED)
+        for topic, message_type in (
+            ('field', PointCloud2),
+            ('mean', OccupancyGrid),
+            ('stddev', OccupancyGrid),
+            ('markers', MarkerArray),
+        )
+    }
+    wait_for(lambda: all(received.values()))
+    field, mean = received['field'][-1], received['mean'][-1]
+    assert field.width == 625 and {f.name for f in field.fields} >= {'mean', 'stddev'}
+    assert (mean.info.width, mean.info.height, mean.info.resolution) == (25, 25, 2.0)
+    assert all(-1 <= cell <= 100 for cell in [*mean.data, *received['stddev'][-1].data])
+    assert field.header.stamp.sec == 7
+
+
+def test_status_tells_what_became_of_everything(start_node, client):
+    start_node(status_rate=20.0)
+    statuses = client.collect(DiagnosticStatus, 'cmanp/status', LATCHED)
+    arrays = client.collect(DiagnosticArray, '/diagnostics', 10)
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    assert 'no observations yet' in wait_for(lambda: statuses)[0].message
+    points.publish(malformed('missing_field'))
+    wait_for(lambda: "missing_field" in statuses[-1].message)
+    points.publish(cloud(scattered(43)))
+    wait_for(lambda: statuses[-1].message == 'folding observations')
+    values = {pair.key: pair.value for pair in statuses[-1].values}
+    assert values['observations_folded'] == '43'
+    assert values['messages_rejected_missing_field'] == '1'
+    assert int(values['state_bytes']) > 0
+    assert wait_for(lambda: arrays)[-1].status[0].name == 'cmanp: field'
+
+
+def test_full_queue_drops_the_oldest_and_counts_it(start_node, client):
+    node = start_node(queue_size=2)
+    points = client.publisher(PointCloud2, 'points', 100)
+    gate = threading.Event()
+    node._worker.ask(lambda: gate.wait(10))
+    for number, size in enumerate((5, 7, 11, 13), 1):
+        points.publish(cloud(scattered(size)))
+        wait_for(lambda number=number: counts(node)[1].received == number)
+    gate.set()
+    wait_for(lambda: node.field.num_observations == 24)
+    snapshots = counts(node)
+    assert (snapshots[0].dropped, snapshots[1].dropped) == (12, 2)
+    assert all(snapshot.conserved for snapshot in snapshots)
+
+
+def test_namespace_holds_every_topic_and_service(start_node, client):
+    start_node(namespace='/rover7')
+    response = client.call(Predict, 'rover7/cmanp/predict', request(scattered(5)))
+    assert response.success
+    topics = {name for name, _ in client.node.get_topic_names_and_types()}
+    assert {'/rover7/points', '/rover7/query', '/rover7/cmanp/prediction'} <= topics
+
+
+def test_lifecycle_services_configure_activate_and_keep_the_map(start_node, client):
+    node = start_node(activate=False)
+
+    def change(transition_id):
+        message = ChangeState.Request()
+        message.transition.id = transition_id
+        return client.call(ChangeState, 'cmanp/change_state', message).success
+
+    def state():
+        return client.call(GetState, 'cmanp/get_state', GetState.Request()).current_state.label
+
+    assert state() == 'unconfigured'
+    assert change(1) and state() == 'inactive'
+    assert change(3) and state() == 'active'
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    points.publish(cloud(scattered(47)))
+    wait_for(lambda: node.field.num_observations == 47)
+    assert change(4) and state() == 'inactive'
+    assert node.field.num_observations == 47
+    assert change(3) and state() == 'active'
+    assert client.call(Predict, 'cmanp/predict', request(scattered(3))).prediction.num_observations
+    assert change(4) and change(2) and state() == 'unconfigured'
+    assert node.field is None
+
+
+def test_node_that_cannot_configure_stays_unconfigured_and_can_be_mended(start_node, client):
+    start_node(activate=False, checkpoint='/nowhere/model.safetensors')
+    message = ChangeState.Request()
+    message.transition.id = 1
+    assert not client.call(ChangeState, 'cmanp/change_state', message).success
+    state = client.call(GetState, 'cmanp/get_state', GetState.Request()).current_state
+    assert state.label == 'unconfigured'

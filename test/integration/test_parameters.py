@@ -1,0 +1,288 @@
+"""Every parameter is declared once, validated with a clear message, and documented as it is."""
+
+import array
+import dataclasses
+import math
+import pathlib
+
+import pytest
+import rclpy
+import yaml
+from rclpy.context import Context
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+
+from cmanp_ros.core.errors import ConfigError
+from cmanp_ros.parameters import (
+    TABLE,
+    NodeParameters,
+    declare,
+    default_yaml,
+    markdown_table,
+    parameters_from,
+)
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SPECS = {spec.name: spec for spec in TABLE}
+BOUNDED = [spec for spec in TABLE if spec.lower is not None]
+
+
+def complaint(**values):
+    """Return the text of the error that values must raise."""
+    with pytest.raises(ConfigError) as caught:
+        parameters_from(values)
+    return str(caught.value)
+
+
+def test_no_values_give_the_defaults():
+    parameters = parameters_from({})
+    assert parameters == NodeParameters()
+    assert {name: getattr(parameters, name) for name in SPECS} == {
+        spec.name: spec.default for spec in TABLE
+    }
+
+
+def test_parameters_cannot_be_changed_afterwards():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parameters_from({}).num_threads = 3
+
+
+def test_every_parameter_has_a_text_and_every_physical_one_a_unit():
+    for spec in TABLE:
+        assert spec.text.endswith('.') and len(spec.text) > 10
+        if spec.kind in ('double', 'double[]'):
+            assert spec.unit
+
+
+@pytest.mark.parametrize('integer', [2, 30])
+def test_integers_are_accepted_for_doubles(integer):
+    value = parameters_from({'publish_rate': integer}).publish_rate
+    assert value == integer
+    assert isinstance(value, float)
+
+
+@pytest.mark.parametrize('corner', [[-3, -5], (-3, -5), array.array('q', [-3, -5]), [-3.0, -5]])
+def test_integers_are_accepted_in_lists_of_doubles(corner):
+    value = parameters_from({'bounds_min': corner}).bounds_min
+    assert value == (-3.0, -5.0)
+    assert [type(number) for number in value] == [float, float]
+
+
+@pytest.mark.parametrize('spec', BOUNDED, ids=lambda spec: spec.name)
+def test_range_includes_both_ends_and_nothing_beyond(spec):
+    kind = int if spec.kind == 'int' else float
+    free = {'max_targets': 10_000_000} if spec.name == 'grid_resolution' else {}
+    corner = {'bounds_min': [0.0, 0.0], 'bounds_max': [1e-3, 1e-3]}  # so that tiny cells are few
+    for end in (spec.lower, spec.upper):
+        assert getattr(parameters_from({spec.name: kind(end), **free, **corner}), spec.name) == end
+    step = 1 if spec.kind == 'int' else 1e-5
+    for outside in (kind(spec.lower) - step, kind(spec.upper) + step * max(spec.upper, 1)):
+        text = complaint(**{spec.name: outside})
+        assert text.startswith(f'parameter {spec.name} is {outside!r}; expected')
+        assert f'in {spec.range_text}' in text
+
+
+@pytest.mark.parametrize(
+    'name, value, text',
+    [
+        ('autostart', 1, 'parameter autostart is 1; expected true or false'),
+        ('autostart', 'true', "parameter autostart is 'true'; expected true or false"),
+        ('num_threads', 2.0, 'parameter num_threads is 2.0; expected an integer in [1, 64]'),
+        ('num_threads', True, 'parameter num_threads is True; expected an integer in [1, 64]'),
+        ('chunk_size', '7', "chunk_size is '7'; expected an integer in [1, 65536] points"),
+        ('publish_rate', '1', "publish_rate is '1'; expected a finite number in [0, 100] Hz"),
+        ('publish_rate', False, 'publish_rate is False; expected a finite number in [0, 100] Hz'),
+        ('publish_rate', math.nan, 'publish_rate is nan; expected a finite number in [0, 100] Hz'),
+        ('value_offset', math.inf, 'value_offset is inf; expected a finite number [field units]'),
+        ('value_offset', None, 'value_offset is None; expected a finite number [field units]'),
+        ('bounds_min', 3.0, 'bounds_min is 3.0; expected a list of finite numbers [m]'),
+        ('bounds_min', [0.0, math.nan], 'bounds_min is [0.0, nan]; expected a list of finite'),
+        ('bounds_min', ['0', '0'], "bounds_min is ['0', '0']; expected a list of finite numbers"),
+        ('bounds_min', '00', "bounds_min is '00'; expected a list of finite numbers [m]"),
+        ('value_field', True, 'value_field is True; expected text that is not empty (quote it in'),
+        ('checkpoint', '', "parameter checkpoint is ''; expected text that is not empty"),
+        ('checkpoint', 3, 'parameter checkpoint is 3; expected text that is not empty'),
+    ],
+)
+def test_wrong_value_is_named_with_what_was_expected(name, value, text):
+    assert text in complaint(**{name: value})
+
+
+@pytest.mark.parametrize(
+    'values, text',
+    [
+        (
+            {'bounds_min': [1.0, 7.0], 'bounds_max': [2.0, 5.0]},
+            'bounds_min is 7.0 m and bounds_max 5.0 m on axis 1; expected bounds_min < bounds_max',
+        ),
+        ({'bounds_min': [25.0, 0.0]}, 'on axis 0; expected bounds_min < bounds_max'),
+        (
+            {'bounds_min': [0.0, 0.0, 0.0]},
+            'bounds_min has 3 and bounds_max 2 number(s); expected equally many, one per axis',
+        ),
+        ({'bounds_min': [], 'bounds_max': []}, 'bounds_min has 0 and bounds_max 0 number(s)'),
+        ({'bounds_min': [0.0] * 5, 'bounds_max': [1.0] * 5}, 'one per axis: 1 to 3'),
+        (
+            {'mean_range': [1.0, 1.0]},
+            'mean_range is [1.0, 1.0]; expected two numbers [lower, upper]',
+        ),
+        ({'mean_range': [1.0]}, 'mean_range is [1.0]; expected two numbers'),
+        ({'stddev_range': [0.5, 0.25]}, 'stddev_range is [0.5, 0.25]; expected two numbers'),
+        ({'stddev_range': [-0.5, 0.25]}, 'stddev_range is [-0.5, 0.25]; expected no negative'),
+        ({'map_frame': '/'}, "map_frame is '/'; expected the name of a frame, such as 'map'"),
+        (
+            {'grid_resolution': 0.001},
+            'grid_resolution 0.001 m/cell cuts bounds of 50.0 x 50.0 m into 2.5e+09 cells; '
+            'expected at most max_targets = 1000000: use larger cells',
+        ),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(values, text):
+    assert text in complaint(**values)
+
+
+@pytest.mark.parametrize('dim', [1, 2, 3])
+def test_workspace_has_one_to_three_axes(dim):
+    parameters = parameters_from({'bounds_min': [-2.0] * dim, 'bounds_max': [3.0] * dim})
+    assert len(parameters.bounds_min) == dim
+
+
+@pytest.mark.parametrize(
+    'name, nearest',
+    [('chunk_sise', 'chunk_size'), ('grid.resolution', 'grid_resolution'), ('MAP', 'map_frame')],
+)
+def test_unknown_name_is_refused_with_the_nearest_known_one(name, nearest):
+    text = complaint(**{name: 1})
+    assert f'unknown parameter {name!r}; did you mean' in text
+    if name != 'MAP':
+        assert f'did you mean {nearest!r}?' in text
+    assert nearest in text
+
+
+def test_shipped_yaml_is_made_from_the_table():
+    assert (ROOT / 'config' / 'cmanp.yaml').read_text() == default_yaml()
+
+
+def test_yaml_holds_every_default_and_names_unit_and_range():
+    text = default_yaml()
+    document = yaml.safe_load(text)
+    assert parameters_from(document['/**']['ros__parameters']) == NodeParameters()
+    assert list(document['/**']['ros__parameters']) == list(SPECS)
+    prose = ' '.join(text.replace('#', ' ').split())
+    for spec in TABLE:
+        assert spec.text in prose and spec.unit in prose and spec.range_text in prose
+    assert max(len(line) for line in text.splitlines()) <= 99
+
+
+def test_readme_holds_the_table():
+    readme = (ROOT / 'README.md').read_text()
+    missing = [row for row in markdown_table().splitlines() if row not in readme]
+    assert not missing, (
+        f'paste markdown_table() of cmanp_ros/parameters.py into README.md: {missing}'
+    )
+
+
+def test_table_has_one_row_of_six_cells_per_parameter():
+    rows = markdown_table().splitlines()
+    assert len(rows) == 2 + len(TABLE)
+    assert {row.count('|') for row in rows} == {7}
+
+
+class StubNode:
+    """A node as far as `declare` looks at it; records what is declared."""
+
+    def __init__(self, **overrides):
+        self._parameter_overrides = {
+            name: Parameter(name, value=value) for name, value in overrides.items()
+        }
+        self.declared = {}
+
+    def declare_parameter(self, name, value, descriptor, ignore_override):
+        self.declared[name] = (value, descriptor)
+
+
+def test_nothing_is_declared_if_a_name_is_unknown():
+    node = StubNode(**{'chunk_sise': 7})
+    with pytest.raises(
+        ConfigError, match="unknown parameter 'chunk_sise'; did you mean 'chunk_size'"
+    ):
+        declare(node)
+    assert node.declared == {}
+
+
+def test_parameters_of_ros_itself_are_left_to_ros():
+    node = StubNode(
+        **{
+            'use_sim_time': True,
+            'start_type_description_service': False,
+            'qos_overrides./points.subscription.depth': 3,
+        }
+    )
+    assert declare(node) == NodeParameters()
+    assert set(node.declared) == set(SPECS)
+
+
+def test_description_carries_text_unit_range_and_whether_it_can_change():
+    node = StubNode()
+    declare(node)
+    for name, spec in SPECS.items():
+        descriptor = node.declared[name][1]
+        assert spec.text in descriptor.description
+        assert spec.unit in descriptor.description
+        assert spec.range_text in descriptor.description
+        assert descriptor.read_only == spec.read_only
+        ranges = [*descriptor.integer_range, *descriptor.floating_point_range]
+        assert [(r.from_value, r.to_value) for r in ranges] == (
+            [(spec.lower, spec.upper)] if spec.lower is not None else []
+        )
+
+
+@pytest.fixture
+def ros_node():
+    """Make nodes in a context and domain of their own, with command line arguments."""
+    made = []
+
+    def make(*arguments):
+        context = Context()
+        rclpy.init(args=['--ros-args', *arguments], context=context, domain_id=84)
+        node = Node('cmanp', context=context)
+        made.append((node, context))
+        return node
+
+    yield make
+    for node, context in made:
+        node.destroy_node()
+        rclpy.shutdown(context=context)
+
+
+def test_node_takes_values_from_file_and_command_line(ros_node, tmp_path):
+    path = tmp_path / 'cmanp.yaml'
+    path.write_text(default_yaml().replace('chunk_size: 1024', 'chunk_size: 512'))
+    node = ros_node(
+        *['--params-file', str(path), '-p', 'publish_rate:=2', '-p', 'bounds_min:=[-10,-20]'],
+        *['-p', 'use_sim_time:=false'],
+    )
+    parameters = declare(node)
+    expected = NodeParameters(chunk_size=512, publish_rate=2.0, bounds_min=(-10.0, -20.0))
+    assert parameters == expected
+    for name in SPECS:
+        value = node.get_parameter(name).value
+        value = tuple(value) if SPECS[name].kind == 'double[]' else value
+        assert value == getattr(expected, name)
+    assert node.get_parameter('publish_rate').type_ == Parameter.Type.DOUBLE
+    assert node.get_parameter('bounds_min').type_ == Parameter.Type.DOUBLE_ARRAY
+
+
+def test_node_refuses_what_the_table_refuses(ros_node):
+    with pytest.raises(ConfigError, match=r'publish_rate is 500\.0; expected .* in \[0, 100\] Hz'):
+        declare(ros_node('-p', 'publish_rate:=500.0'))
+    with pytest.raises(ConfigError, match="unknown parameter 'publish_rat'"):
+        declare(ros_node('-p', 'publish_rat:=1.0'))
+
+
+def test_read_only_parameter_cannot_be_set_later(ros_node):
+    node = ros_node()
+    declare(node)
+    (result,) = node.set_parameters([Parameter('chunk_size', value=7)])
+    assert not result.successful
+    assert 'read-only' in result.reason
