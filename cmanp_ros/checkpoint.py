@@ -122,9 +122,7 @@ def load_state(path, model: CMANP) -> StateFile:
     state = from_tensors({name: tensor.to(device) for name, tensor in tensors.items()})
     if not state.is_finite():
         raise CheckpointError(f'{path} holds sums that are not finite; it cannot be used')
-    return StateFile(
-        state, Normalization(**header['normalization']), expected, header['extra']
-    )
+    return StateFile(state, Normalization(**header['normalization']), expected, header['extra'])
 
 
 def load_reference(state_dict: dict, config: CMANPConfig) -> CMANP:
@@ -211,9 +209,9 @@ def _compare(found, expected, source):
 
     :raises CheckpointError: naming what is unknown, missing or of another shape.
     """
-    problems = [
-        f'unknown {name}' for name in sorted(found.keys() - expected.keys())
-    ] + [f'missing {name}' for name in sorted(expected.keys() - found.keys())]
+    problems = [f'unknown {name}' for name in sorted(found.keys() - expected.keys())] + [
+        f'missing {name}' for name in sorted(expected.keys() - found.keys())
+    ]
     problems += [
         f'{name} has shape {found[name]}, expected {expected[name]}'
         for name in sorted(found.keys() & expected.keys())

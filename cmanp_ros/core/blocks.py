@@ -52,8 +52,10 @@ def linear(dim_in, dim_out, bias=True, stack=None):
     """
     Return one linear map, or `stack` of them.
     """
-    return nn.Linear(dim_in, dim_out, bias) if stack is None else StackedLinear(
-        dim_in, dim_out, bias, stack
+    return (
+        nn.Linear(dim_in, dim_out, bias)
+        if stack is None
+        else StackedLinear(dim_in, dim_out, bias, stack)
     )
 
 

@@ -17,7 +17,7 @@ class LeastSquaresConfig:
     """
 
     functions_per_axis: int = 16
-    box_half_width: float = 2.6
+    box_half_width: float = 2.5
     """Half width [model units] of the box whose Laplacian eigenfunctions are the basis."""
     smoothnesses: tuple[float, ...] = (1.5, inf)
     """Matern smoothnesses; inf is the RBF kernel."""
@@ -35,14 +35,14 @@ class LeastSquaresConfig:
 
     def __post_init__(self):
         for name in ('functions_per_axis', 'voxels_per_axis'):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), 'an integer of at least 1')
+            _require(
+                getattr(self, name) >= 1, name, getattr(self, name), 'an integer of at least 1'
+            )
         _require(self.box_half_width > 2, 'box_half_width', self.box_half_width, 'more than 2')
         for name in ('smoothnesses', 'lengths', 'noise_ratios'):
             values = tuple(float(value) for value in getattr(self, name))
             object.__setattr__(self, name, values)
-            _require(
-                values and min(values) > 0, name, values, 'one or more positive numbers'
-            )
+            _require(values and min(values) > 0, name, values, 'one or more positive numbers')
         for name in ('amplitude_shape', 'amplitude_scale', 'offset_variance', 'slope_variance'):
             value = getattr(self, name)
             _require(isfinite(value) and value > 0, name, value, 'a positive number')

@@ -6,7 +6,7 @@ and Saerkkae 2020, doi 10.1007/s11222-019-09886-w), a constant, and the coordina
 not depend on hyperparameters: those enter in `solve`, through the spectral density.
 """
 
-from functools import lru_cache
+from functools import cache
 from itertools import product
 from math import inf, lgamma, log, pi
 from typing import NamedTuple
@@ -99,7 +99,7 @@ def spectral_density(omega: Tensor, smoothness: float, length: float) -> Tensor:
     return torch.exp(constant + nu * log(scale) - (nu + dim / 2) * torch.log(scale + square))
 
 
-@lru_cache(maxsize=None)
+@cache
 def prior_variances(config: LeastSquaresConfig, dim_x: int) -> Tensor:
     """
     Return prior variances of the weights relative to the squared amplitude.
@@ -198,7 +198,7 @@ def unpack(triangle: Tensor) -> Tensor:
     return triangle[..., _triangle(size)[1].to(triangle.device)].unflatten(-1, (size, size))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _triangle(size):
     row, column = torch.tril_indices(size, size)
     position = torch.empty(size, size, dtype=torch.long)
@@ -242,9 +242,7 @@ def solve(
         beta.append(config.amplitude_scale + residual.clamp(min=0) / 2)  # (batch, noises, dim_y)
         log_determinant = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         log_determinant = log_determinant + count.unsqueeze(-1) / 2 * noises.log()
-        log_evidence.append(
-            -shape[:, None, None] * beta[-1].log() - log_determinant.unsqueeze(-1)
-        )
+        log_evidence.append(-shape[:, None, None] * beta[-1].log() - log_determinant.unsqueeze(-1))
     weight = torch.cat(log_evidence, 1).softmax(1)  # (batch, settings, dim_y)
     amplitude2 = torch.cat(beta, 1) / (shape[:, None, None] - 1)
 

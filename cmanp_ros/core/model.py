@@ -261,7 +261,10 @@ class CMANP(nn.Module):
         return first, second.exp()
 
     def _prior_features(self, prior, place):
-        logs = 0.5 * torch.stack([prior.variance, prior.noise_variance.expand_as(prior.mean)], -1).log()
+        logs = (
+            0.5
+            * torch.stack([prior.variance, prior.noise_variance.expand_as(prior.mean)], -1).log()
+        )
         summary = prior.summary.expand(-1, place.shape[1], -1, -1)
         features = torch.cat([prior.mean.unsqueeze(-1), logs, summary], -1)
         return _bounded(features.flatten(-2) / 2, 4.0).to(place.dtype)

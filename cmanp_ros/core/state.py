@@ -85,9 +85,7 @@ def merge(a: State, b: State) -> State:
     shapes_a, shapes_b = ({k: tuple(v.shape) for k, v in s.tensors().items()} for s in (a, b))
     if shapes_a != shapes_b:
         different = sorted(
-            name
-            for name in shapes_a | shapes_b
-            if shapes_a.get(name) != shapes_b.get(name)
+            name for name in shapes_a | shapes_b if shapes_a.get(name) != shapes_b.get(name)
         )
         raise StateMismatchError(
             f'the states differ in the shape of {", ".join(different)}: '
@@ -96,8 +94,7 @@ def merge(a: State, b: State) -> State:
         )
     return State(
         attention=attention.merge(a.attention, b.attention),
-        least_squares=a.least_squares
-        and least_squares.merge(a.least_squares, b.least_squares),
+        least_squares=a.least_squares and least_squares.merge(a.least_squares, b.least_squares),
         num_observations=a.num_observations + b.num_observations,
     )
 
@@ -113,7 +110,6 @@ def forget(state: State, factor: float) -> State:
         raise InputError(f'forget by {factor!r}: expected a factor in (0, 1]; 1 keeps everything')
     return State(
         attention=attention.forget(state.attention, factor),
-        least_squares=state.least_squares
-        and least_squares.forget(state.least_squares, factor),
+        least_squares=state.least_squares and least_squares.forget(state.least_squares, factor),
         num_observations=state.num_observations,
     )

@@ -65,7 +65,8 @@ class Batches(Dataset):
         task = priors.training_tasks(
             generator, self.batch_size, num_context, self.num_target, self.config.dim_x
         )
-        parts = [solve(self.config, Task(*rows)) for rows in zip(*(v.split(1) for v in task))]
+        rows = zip(*(value.split(1) for value in task), strict=True)
+        parts = [solve(self.config, Task(*row)) for row in rows]
         return Batch(task, Prior(*(torch.cat(values) for values in zip(*parts, strict=True))))
 
 

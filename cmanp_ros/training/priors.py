@@ -110,7 +110,9 @@ def gp_predict(h: Hyperparameters, x_context, y_context, x_target):
     factor = torch.linalg.cholesky(kernel(h, x_context, x_context) + noise2 * eye)
     cross = torch.linalg.solve_triangular(factor, kernel(h, x_context, x_target), upper=False)
     mean = cross.mT @ torch.linalg.solve_triangular(factor, y_context, upper=False)
-    variance = h.scale.square()[:, None] - cross.square().sum(1) if n else h.scale.square()[:, None]
+    variance = (
+        h.scale.square()[:, None] - cross.square().sum(1) if n else h.scale.square()[:, None]
+    )
     return mean, (variance.unsqueeze(-1) + noise2).sqrt()
 
 
@@ -193,6 +195,8 @@ def _random_field(generator, x, smoothness, length):
     chi2 = (normal.square() * used).sum(1, keepdim=True)
     heavy = omega * (dof[:, None, None] / chi2).sqrt()
     omega = torch.where(smoothness.isinf()[:, None, None], omega, heavy) / length[:, None, None]
-    phase = 2 * torch.pi * torch.rand(batch, 1, NUM_FEATURES, dtype=torch.float64, generator=generator)
+    phase = (
+        2 * torch.pi * torch.rand(batch, 1, NUM_FEATURES, dtype=torch.float64, generator=generator)
+    )
     weight = torch.randn(batch, NUM_FEATURES, 1, dtype=torch.float64, generator=generator)
     return sqrt(2 / NUM_FEATURES) * torch.cos(x @ omega + phase) @ weight

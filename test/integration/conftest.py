@@ -81,9 +81,10 @@ def client(context):
 def start_node(domain_id):
     """Return a function that starts a node with parameters and returns it, active."""
     import rclpy
-    from cmanp_ros.node import CMANPNode
     from rclpy.executors import SingleThreadedExecutor
     from rclpy.parameter import Parameter
+
+    from cmanp_ros.node import CMANPNode
 
     running = []
 

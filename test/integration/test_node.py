@@ -5,11 +5,6 @@ import threading
 
 import numpy as np
 import pytest
-from cmanp_ros.conversions import (
-    cloud_from_points,
-    message_from_observations,
-    predictions_from_message,
-)
 from cmanp_ros.msg import Observations, Prediction, Query
 from cmanp_ros.srv import Predict
 from conftest import wait_for
@@ -21,6 +16,12 @@ from sensor_msgs.msg import PointCloud2
 from std_msgs.msg import Header
 from std_srvs.srv import SetBool, Trigger
 from visualization_msgs.msg import MarkerArray
+
+from cmanp_ros.conversions import (
+    cloud_from_points,
+    message_from_observations,
+    predictions_from_message,
+)
 
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
@@ -282,7 +283,7 @@ def test_status_tells_what_became_of_everything(start_node, client):
     points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
     assert 'no observations yet' in wait_for(lambda: statuses)[0].message
     points.publish(malformed('missing_field'))
-    wait_for(lambda: "missing_field" in statuses[-1].message)
+    wait_for(lambda: 'missing_field' in statuses[-1].message)
     points.publish(cloud(scattered(43)))
     wait_for(lambda: statuses[-1].message == 'folding observations')
     values = {pair.key: pair.value for pair in statuses[-1].values}
