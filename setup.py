@@ -134,6 +134,7 @@ class BinaryDistribution(Distribution):
 setup(
     version=xml.etree.ElementTree.parse('package.xml').findtext('version'),
     packages=find_packages(include=[PACKAGE, f'{PACKAGE}.*']),
+    include_package_data=False,  # CMake installs the weights and other data
     data_files=[],
     distclass=BinaryDistribution,
     cmdclass={'build': Build, 'build_interfaces': BuildInterfaces},

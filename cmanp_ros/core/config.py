@@ -30,8 +30,10 @@ class LeastSquaresConfig:
     """Prior variance of the constant, relative to the squared amplitude."""
     slope_variance: float = 0.02
     """The same for the linear functions: narrow, or half-seen maps extrapolate wildly."""
-    voxels_per_axis: int = 64
-    """Resolution of the occupancy bitmap over [-2, 2]."""
+    voxels_per_axis: int = 24
+    """Resolution of the occupancy bitmap over [-2, 2]: about that of the basis."""
+    points_per_voxel: float = 2.0
+    """Points beyond so many for each occupied voxel add no information."""
 
     def __post_init__(self):
         for name in ('functions_per_axis', 'voxels_per_axis'):
@@ -98,7 +100,7 @@ class CMANPConfig:
         Return the default of robots: attention sums beside least squares on basis functions.
         """
         per_axis = {1: 64, 2: 16}.get(dim_x, 7)
-        voxels = {1: 1024, 2: 64}.get(dim_x, 16)
+        voxels = round(1.5 * per_axis)  # fields finer than the basis are correlated within one
         defaults = {
             'num_latents': 49,
             'num_latents_per_block': 49,

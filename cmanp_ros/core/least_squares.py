@@ -216,9 +216,10 @@ def solve(
     Solve the regression for every hyperparameter of the grid and average by evidence.
 
     Conjugate normal-inverse-gamma model (Bishop 2006, 3.3, with the amplitude integrated out):
-    w ~ N(0, a^2 S), y ~ N(phi w, a^2 r^2), a^2 ~ InvGamma(shape, scale). The sums are scaled by
-    (voxels occupied) / (points), at most 1: what the basis cannot resolve is correlated within a
-    voxel, and a thousand readings of one spot tell no more of its surroundings than one.
+    w ~ N(0, a^2 S), y ~ N(phi w, a^2 r^2), a^2 ~ InvGamma(shape, scale). The sums are scaled to
+    at most `points_per_voxel` points for each occupied voxel: what the basis cannot resolve is
+    correlated within a voxel, and a thousand readings of one spot tell little more of its
+    surroundings than a few.
 
     :param variances: (num_kernels, num_functions) of `prior_variances`.
     :param num_kept: settings of most evidence that are kept of the average.
@@ -226,7 +227,8 @@ def solve(
         noise ratio, 1 / smoothness, their spread, log amplitude, log(1 + effective count),
         and log(effective count / count).
     """
-    honesty = (a.occupancy.sum(-1) / a.count.clamp(min=1)).clamp(max=1).double()  # (batch,)
+    distinct = config.points_per_voxel * a.occupancy.sum(-1)
+    honesty = (distinct / a.count.clamp(min=1)).clamp(max=1).double()  # (batch,)
     count = a.count * honesty
     gram = unpack(a.gram) * honesty[:, None, None]
     moment = a.moment * honesty[:, None, None]

@@ -142,20 +142,23 @@ def training_tasks(generator, batch, num_context, num_target, dim_x=2) -> Task:
     """
     Draw tasks for training: half from the field prior, half from what robots meet beside it.
 
-    The other half has more lengths, scales and smoothnesses, offsets, trends, step edges, noise
-    that varies over the map, outliers in the context, and half-seen maps.
+    The other half has more lengths, scales and smoothnesses (rough fields that no basis resolves
+    among them), dense tracks, offsets, trends, step edges, noise that varies over the map,
+    outliers in the context, and half-seen maps.
     """
     h = hyperparameters(generator, batch)
     wide = torch.arange(batch) % 4 >= 2  # both halves have uniform and random-walk contexts
     smoothness = torch.where(h.matern, 2.5, torch.inf)
-    choice = torch.tensor([1.5, 2.5, torch.inf])
-    other = choice[torch.randint(0, 3, (batch,), generator=generator)]
+    choice = torch.tensor([0.5, 1.5, 2.5, torch.inf])
+    other = choice[torch.randint(0, 4, (batch,), generator=generator)]
     smoothness = torch.where(wide, other, smoothness)
-    length = torch.where(wide, _log_uniform(generator, batch, 0.15, 2.0), h.length)
+    length = torch.where(wide, _log_uniform(generator, batch, 0.1, 2.0), h.length)
     scale = torch.where(wide, _log_uniform(generator, batch, 0.1, 1.5), h.scale)
     noise = torch.where(wide, scale * _log_uniform(generator, batch, 0.005, 0.5), h.noise)
 
     context, target = locations(generator, batch, num_context, num_target, dim_x)
+    on_track = wide & (torch.rand(batch, generator=generator) < 0.5)
+    context = torch.where(on_track[:, None, None], _track(generator, context), context)
     half_seen = wide & (torch.rand(batch, generator=generator) < 0.3)
     seen = torch.cat([-1 - context[..., :1].abs() / 2, context[..., 1:]], -1)
     context = torch.where(half_seen[:, None, None], seen, context)
@@ -179,6 +182,24 @@ def training_tasks(generator, batch, num_context, num_target, dim_x=2) -> Task:
     wrong[:, num_context:] = False  # readings that went wrong; the answer is still the field
     y = torch.where(wrong & some(0.25), field + 8 * noise * white.sign(), y)
     return Task(context, y[:, :num_context], target, y[:, num_context:])
+
+
+def _track(generator, start):
+    """
+    Return readings along winding tracks with a footprint, shaped like `start` (batch, n, dim_x).
+    """
+    batch, n, dim_x = start.shape
+    if n == 0:
+        return start
+    turn = torch.randn(start.shape, dtype=torch.float64, generator=generator)
+    turn[:, 1:] *= 0.15
+    heading = turn.cumsum(1)
+    heading = heading / heading.norm(dim=-1, keepdim=True)
+    length = _log_uniform(generator, (batch, 1, 1), 1.0, 40.0)  # of the whole track
+    path = _reflect(start[:, :1] + (heading * length / n).cumsum(1))
+    footprint = _log_uniform(generator, (batch, 1, 1), 0.01, 0.2)
+    scatter = torch.randn(start.shape, dtype=torch.float64, generator=generator)
+    return _reflect(path + footprint * scatter)
 
 
 def _random_field(generator, x, smoothness, length):
