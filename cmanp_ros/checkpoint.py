@@ -302,7 +302,10 @@ def _read(path, kind):
             f'{path} has format version {metadata.get("format_version")}, this release reads '
             f'{FORMAT_VERSION}: use the release that wrote it'
         )
-    header = json.loads(metadata['header'])
+    try:
+        header = json.loads(metadata.get('header', ''))
+    except ValueError:
+        header = None
     if metadata.get('sha256') != _digest(tensors, header):
         raise CheckpointError(f'{path} is damaged: its content does not match its checksum')
     return tensors, header

@@ -24,6 +24,8 @@ from cmanp_ros.core.errors import ConfigError, InputError
 _UNKNOWN = -1
 _NUM_COLORS = 256
 _NUM_LABELS = 5
+_NUM_BAR_ROWS = 33
+_NUM_LINES = 20  # across the longer side of the surface
 # Seventeen equally spaced colors of viridis (CC0): perceptually uniform, safe for the color-blind.
 _VIRIDIS = (
     '440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c '
@@ -167,7 +169,9 @@ def surface_markers(
     max_vertices: int = 40_000,
 ) -> MarkerArray:
     """
-    Show the mean as a surface colored by stddev, with a legend beside it.
+    Show the mean as a surface colored by stddev, with lines that follow it and a legend beside it.
+
+    The lines are there because RViz does not shade colored triangles: no relief would be seen.
 
     :param grid: of n cells.
     :param mean: (n,) or (n, 1) [field units], drawn as height [m].
@@ -186,21 +190,20 @@ def surface_markers(
     picked = np.ix_(rows, columns)
     heights, deviations = heights[picked], deviations[picked]
     centers = grid.targets.reshape(grid.height, grid.width, 2)[picked]
-    marker = _marker(header, 'surface', 0, Marker.TRIANGLE_LIST)
-    corners = _triangle_corners(np.isfinite(heights) & np.isfinite(deviations))
-    if len(corners) == 0:
-        # RViz reports an error for a triangle list without triangles.
-        marker.action = Marker.DELETE
-    else:
-        # Corners share one object per vertex: six times fewer objects to make.
-        used, corner_index = np.unique(corners, return_inverse=True)
-        xyz = np.column_stack([centers.reshape(-1, 2), heights.reshape(-1)])[used]
-        vertices = [Point(x=x, y=y, z=z) for x, y, z in xyz.tolist()]
-        color_index = _color_index(deviations.reshape(-1)[used], stddev_range).tolist()
-        corner_index = corner_index.reshape(-1).tolist()
-        marker.points = [vertices[corner] for corner in corner_index]
-        marker.colors = [_COLORS[color_index[corner]] for corner in corner_index]
-    return MarkerArray(markers=[marker, *_legend(grid, stddev_range, header)])
+    shown = np.isfinite(heights) & np.isfinite(deviations)
+    vertices = _points(np.dstack([centers, heights]))
+    color_index = _color_index(np.where(shown, deviations, 0.0).reshape(-1), stddev_range)
+    color_index = color_index.tolist()
+    surface = _marker(header, 'surface', 0, Marker.TRIANGLE_LIST)
+    colors = [_COLORS[index] for index in color_index]
+    _connect(surface, _triangle_corners(shown), vertices, colors)
+    mesh = _marker(header, 'mesh', 0, Marker.LINE_LIST)
+    mesh.scale.x = max(grid.width, grid.height) * grid.resolution / 500  # [m], thickness
+    mesh.pose.position.z = mesh.scale.x  # above the surface that would hide it
+    colors = [_LINE_COLORS[index] for index in color_index]
+    _connect(mesh, _line_ends(shown), vertices, colors)
+    level = float(np.median(heights[shown])) if shown.any() else 0.0
+    return MarkerArray(markers=[surface, mesh, *_legend(grid, stddev_range, level, header)])
 
 
 def color_table(num_colors: int = _NUM_COLORS) -> np.ndarray:
@@ -217,10 +220,14 @@ def color_table(num_colors: int = _NUM_COLORS) -> np.ndarray:
     )
 
 
-# Rounded to the float32 of the message, so that what arrives equals what was sent.
-_COLORS = [
-    ColorRGBA(r=r, g=g, b=b, a=1.0) for r, g, b in color_table().astype(np.float32).tolist()
-]
+def _color_messages(table: np.ndarray) -> list[ColorRGBA]:
+    """Make messages, rounded to their float32, so that what arrives equals what was sent."""
+    return [ColorRGBA(r=r, g=g, b=b, a=1.0) for r, g, b in table.astype(np.float32).tolist()]
+
+
+_COLORS = _color_messages(color_table())
+# Lines are lighter than what is below them. Not transparent: RViz ignores the alpha of a point.
+_LINE_COLORS = _color_messages(1.0 - 0.6 * (1.0 - color_table()))
 
 
 def _per_cell(grid: Grid, values: np.ndarray, name: str) -> np.ndarray:
@@ -275,6 +282,43 @@ def _triangle_corners(finite: np.ndarray) -> np.ndarray:
     return triangles[finite.reshape(-1)[triangles].all(axis=1)].reshape(-1)
 
 
+def _line_ends(shown: np.ndarray) -> np.ndarray:
+    """
+    List the vertex indices of lines along some rows and columns, where both ends are shown.
+
+    :param shown: (height, width) bool.
+    :return: (2 * num_lines,) int.
+    """
+    vertex = np.arange(shown.size).reshape(shown.shape)
+    step = max(1, round(max(shown.shape) / _NUM_LINES))
+    ends = np.concatenate(
+        [
+            np.stack([vertex[::step, :-1], vertex[::step, 1:]], axis=-1).reshape(-1, 2),
+            np.stack([vertex[:-1, ::step], vertex[1:, ::step]], axis=-1).reshape(-1, 2),
+        ]
+    )
+    return ends[shown.reshape(-1)[ends].all(axis=1)].reshape(-1)
+
+
+def _points(xyz: np.ndarray) -> list[Point]:
+    """Make the messages of points, (..., 3) [m], in their order."""
+    return [Point(x=x, y=y, z=z) for x, y, z in xyz.reshape(-1, 3).tolist()]
+
+
+def _connect(
+    marker: Marker, corners: np.ndarray, vertices: list[Point], colors: list[ColorRGBA]
+) -> None:
+    """
+    Fill a marker with triangles or lines, or delete it when there are none (RViz would complain).
+
+    Corners share one object per vertex: six times fewer objects to make.
+    """
+    if len(corners) == 0:
+        marker.action = Marker.DELETE
+    marker.points = [vertices[corner] for corner in corners.tolist()]
+    marker.colors = [colors[corner] for corner in corners.tolist()]
+
+
 def _marker(header: Header, namespace: str, id: int, kind: int) -> Marker:
     """Make a marker at the origin of its frame that stays until it is replaced."""
     marker = Marker(header=header, ns=namespace, id=id, type=kind, action=Marker.ADD)
@@ -284,22 +328,34 @@ def _marker(header: Header, namespace: str, id: int, kind: int) -> Marker:
     return marker
 
 
-def _legend(grid: Grid, stddev_range: Sequence[float], header: Header) -> list[Marker]:
-    """Put a column of colors and their stddev to the right of the grid."""
+def _legend(
+    grid: Grid, stddev_range: Sequence[float], level: float, header: Header
+) -> list[Marker]:
+    """
+    Put a bar of colors and their stddev to the right of the grid.
+
+    A bar of triangles: RViz shades cubes, which then have other colors than the surface.
+    """
     size = grid.height * grid.resolution / (2 * _NUM_LABELS)  # [m]
-    left = grid.origin[0] + grid.width * grid.resolution + size
-    values = np.linspace(*stddev_range, _NUM_LABELS)
+    left = grid.origin[0] + grid.width * grid.resolution + size / 2
     heights = [grid.origin[1] + size * (2 * index + 1) for index in range(_NUM_LABELS)]
-    swatches = _marker(header, 'legend', 0, Marker.CUBE_LIST)
-    swatches.scale.x = swatches.scale.y = swatches.scale.z = size
-    swatches.points = [Point(x=left, y=y, z=0.0) for y in heights]
-    swatches.colors = [_COLORS[index] for index in _color_index(values, stddev_range)]
-    labels = [f'stddev {value:.3g}' for value in values]
-    markers = [swatches]
-    for index, (text, y) in enumerate(zip(labels, heights, strict=True), start=1):
+    sides = np.linspace(heights[0], heights[-1], _NUM_BAR_ROWS)
+    x, y = np.meshgrid([left, left + size / 2], sides)
+    colors = np.linspace(0, _NUM_COLORS - 1, _NUM_BAR_ROWS).round().astype(int).repeat(2)
+    bar = _marker(header, 'legend', 0, Marker.TRIANGLE_LIST)
+    _connect(
+        bar,
+        _triangle_corners(np.ones(x.shape, dtype=bool)),
+        _points(np.dstack([x, y, np.full(x.shape, level)])),
+        [_COLORS[index] for index in colors],
+    )
+    markers = [bar]
+    values = np.linspace(*stddev_range, _NUM_LABELS)
+    for index, (value, y) in enumerate(zip(values, heights, strict=True), start=1):
         label = _marker(header, 'legend', index, Marker.TEXT_VIEW_FACING)
-        label.pose.position.x, label.pose.position.y = left + 3 * size, y
-        label.scale.z = size / 2
-        label.text = text
+        label.pose.position.x, label.pose.position.y = left + 2 * size, y  # of its middle
+        label.pose.position.z = level
+        label.scale.z = 0.4 * size
+        label.text = f'stddev {value:.3g}'
         markers.append(label)
     return markers

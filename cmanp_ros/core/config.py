@@ -31,21 +31,27 @@ class LeastSquaresConfig:
     slope_variance: float = 0.02
     """The same for the linear functions: narrow, or half-seen maps extrapolate wildly."""
     voxels_per_axis: int = 24
-    """Resolution of the occupancy bitmap over [-2, 2]: about that of the basis."""
-    points_per_voxel: float = 2.0
-    """Points beyond so many for each occupied voxel add no information."""
+    """Resolution of the map of where points lay, over [-2, 2]: about that of the basis."""
+    points_per_voxel: float = 2.5
+    """Points of a voxel that count in full; see `least_squares.solve`."""
 
     def __post_init__(self):
-        for name in ('functions_per_axis', 'voxels_per_axis'):
-            _require(
-                getattr(self, name) >= 1, name, getattr(self, name), 'an integer of at least 1'
-            )
+        _require_counts(self)
         _require(self.box_half_width > 2, 'box_half_width', self.box_half_width, 'more than 2')
         for name in ('smoothnesses', 'lengths', 'noise_ratios'):
             values = tuple(float(value) for value in getattr(self, name))
             object.__setattr__(self, name, values)
-            _require(values and min(values) > 0, name, values, 'one or more positive numbers')
-        for name in ('amplitude_shape', 'amplitude_scale', 'offset_variance', 'slope_variance'):
+            finite = values if name != 'smoothnesses' else ()
+            is_positive = all(v > 0 for v in values) and all(map(isfinite, finite))
+            is_positive = is_positive and bool(values)
+            _require(is_positive, name, values, 'one or more positive numbers')
+        for name in (
+            'points_per_voxel',
+            'amplitude_shape',
+            'amplitude_scale',
+            'offset_variance',
+            'slope_variance',
+        ):
             value = getattr(self, name)
             _require(isfinite(value) and value > 0, name, value, 'a positive number')
         _require(self.amplitude_shape > 1, 'amplitude_shape', self.amplitude_shape, 'above 1')
@@ -74,17 +80,20 @@ class CMANPConfig:
     least_squares: LeastSquaresConfig | None = None
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, 'int'):
-                is_count = isinstance(value, int) and not isinstance(value, bool)
-                _require(is_count and value >= 1, field.name, value, 'an integer of at least 1')
+        _require_counts(self)
         _require(
             self.dim_model % self.num_heads == 0,
             'dim_model',
             self.dim_model,
             f'a multiple of num_heads = {self.num_heads}',
         )
+        if self.inducing_points:
+            _require(
+                self.dim_model % (2 * self.num_heads) == 0,
+                'dim_model',
+                self.dim_model,
+                f'a multiple of 2 * num_heads = {2 * self.num_heads}: cosines and sines',
+            )
         _require(self.embedder_depth >= 2, 'embedder_depth', self.embedder_depth, 'at least 2')
 
     @classmethod
@@ -139,6 +148,14 @@ def _checked(cls, values):
         return cls(**values)
     except TypeError as error:
         raise ConfigError(f'{cls.__name__}: {error}') from error
+
+
+def _require_counts(config):
+    for field in fields(config):
+        if field.type in (int, 'int'):
+            value = getattr(config, field.name)
+            is_count = isinstance(value, int) and not isinstance(value, bool)
+            _require(is_count and value >= 1, field.name, value, 'an integer of at least 1')
 
 
 def _require(condition, name, value, expected):

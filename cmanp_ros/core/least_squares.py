@@ -21,7 +21,7 @@ HALF_WIDTH = 2.0  # of the workspace, in model units
 
 class LeastSquaresSums(NamedTuple):
     """
-    What is kept of the observations: sums over points, all float64 but the bitmap.
+    What is kept of the observations, float64: sums over points, and a coarse map of where they lay.
     """
 
     gram: Tensor
@@ -32,8 +32,10 @@ class LeastSquaresSums(NamedTuple):
     """(batch, dim_y): sum y^2."""
     count: Tensor
     """(batch,): number of points, less what was forgotten."""
-    occupancy: Tensor
-    """(batch, num_voxels) bool: voxels in which a point ever lay."""
+    voxel_count: Tensor
+    """(batch, num_voxels): points in each voxel, less what was forgotten."""
+    voxel_freshness: Tensor
+    """(batch, num_voxels): weight of the newest point in each voxel: 1, less what was forgotten."""
 
 
 class Regression(NamedTuple):
@@ -127,16 +129,15 @@ def sums(config: LeastSquaresConfig, x: Tensor, y: Tensor) -> LeastSquaresSums:
     phi, y = basis(config, x), y.double()
     gram = phi.mT @ phi  # (batch, num_functions, num_functions)
     batch, n, dim_x = x.shape
-    occupancy = torch.zeros(
-        batch, config.voxels_per_axis**dim_x, dtype=torch.bool, device=x.device
-    )
-    occupancy.scatter_(1, _voxel(config, x), True)
+    voxels = torch.zeros(batch, config.voxels_per_axis**dim_x, dtype=y.dtype, device=x.device)
+    voxels = voxels.scatter_add(1, _voxel(config, x), torch.ones_like(y[..., 0]))
     return LeastSquaresSums(
         gram=pack(gram),
         moment=phi.mT @ y,
         sum_squares=y.square().sum(1),
         count=torch.full((batch,), float(n), dtype=torch.float64, device=x.device),
-        occupancy=occupancy,
+        voxel_count=voxels,
+        voxel_freshness=(voxels > 0).to(y.dtype),
     )
 
 
@@ -162,25 +163,25 @@ def empty(config: LeastSquaresConfig, dim_x: int, dim_y: int, batch: int, device
         moment=torch.zeros(batch, size, dim_y, **kwargs),
         sum_squares=torch.zeros(batch, dim_y, **kwargs),
         count=torch.zeros(batch, **kwargs),
-        occupancy=torch.zeros(
-            batch, config.voxels_per_axis**dim_x, dtype=torch.bool, device=device
-        ),
+        voxel_count=torch.zeros(batch, config.voxels_per_axis**dim_x, **kwargs),
+        voxel_freshness=torch.zeros(batch, config.voxels_per_axis**dim_x, **kwargs),
     )
 
 
 def merge(a: LeastSquaresSums, b: LeastSquaresSums) -> LeastSquaresSums:
     """
-    Return the sums of both sets of points: addition, and OR for the bitmap.
+    Return the sums of both sets of points: addition, and the freshest of each voxel.
     """
     added = (p + q for p, q in zip(a[:-1], b[:-1], strict=True))
-    return LeastSquaresSums(*added, occupancy=a.occupancy | b.occupancy)
+    freshest = torch.maximum(a.voxel_freshness, b.voxel_freshness)
+    return LeastSquaresSums(*added, voxel_freshness=freshest)
 
 
 def forget(a: LeastSquaresSums, factor: float) -> LeastSquaresSums:
     """
-    Weight every point folded so far by `factor` in (0, 1]; the bitmap stays.
+    Weight every point folded so far by `factor` in (0, 1].
     """
-    return LeastSquaresSums(*(p * factor for p in a[:-1]), occupancy=a.occupancy)
+    return LeastSquaresSums(*(part * factor for part in a))
 
 
 def pack(square: Tensor) -> Tensor:
@@ -207,6 +208,7 @@ def _triangle(size):
 
 
 NUM_SUMMARIES = 8
+FAR_MORE = 8.0  # times the median number of points in a voxel
 
 
 def solve(
@@ -216,10 +218,8 @@ def solve(
     Solve the regression for every hyperparameter of the grid and average by evidence.
 
     Conjugate normal-inverse-gamma model (Bishop 2006, 3.3, with the amplitude integrated out):
-    w ~ N(0, a^2 S), y ~ N(phi w, a^2 r^2), a^2 ~ InvGamma(shape, scale). The sums are scaled to
-    at most `points_per_voxel` points for each occupied voxel: what the basis cannot resolve is
-    correlated within a voxel, and a thousand readings of one spot tell little more of its
-    surroundings than a few.
+    w ~ N(0, a^2 S), y ~ N(phi w, a^2 r^2), a^2 ~ InvGamma(shape, scale). The sums are scaled by
+    `_honesty` before.
 
     :param variances: (num_kernels, num_functions) of `prior_variances`.
     :param num_kept: settings of most evidence that are kept of the average.
@@ -227,8 +227,7 @@ def solve(
         noise ratio, 1 / smoothness, their spread, log amplitude, log(1 + effective count),
         and log(effective count / count).
     """
-    distinct = config.points_per_voxel * a.occupancy.sum(-1)
-    honesty = (distinct / a.count.clamp(min=1)).clamp(max=1).double()  # (batch,)
+    honesty = _honesty(config, a)  # (batch,)
     count = a.count * honesty
     gram = unpack(a.gram) * honesty[:, None, None]
     moment = a.moment * honesty[:, None, None]
@@ -284,6 +283,21 @@ def solve(
         -1,
     )
     return Regression(mean, covariance, noise, summary)
+
+
+def _honesty(config, a):
+    """
+    Return the share of the points that counts as independent, (batch,).
+
+    What the basis cannot resolve is correlated within a voxel: where robots drive in dense tracks,
+    only some `points_per_voxel` of each voxel tell anything new. A voxel with far more points than
+    the median has no say beyond it: a parked robot takes no weight from what was seen elsewhere.
+    """
+    occupied, enough = a.voxel_count > 0, config.points_per_voxel
+    points = torch.where(occupied, a.voxel_count / a.voxel_freshness, torch.nan)
+    limit = FAR_MORE * points.nanmedian(-1, keepdim=True).values.clamp(min=enough)
+    share = points.clamp(max=enough).nansum(-1) / torch.minimum(points, limit).nansum(-1)
+    return torch.where(occupied.any(-1), share, 1.0)
 
 
 def _factorize(gram, moment, scale, noise2):

@@ -190,7 +190,8 @@ class CMANP(nn.Module):
         """
         Return what predictions need of a state; cached for as long as the state lives.
         """
-        if torch.is_grad_enabled() or self.training:
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if learns or self.training:
             return self._encode(state)
         if state not in self._encodings:
             self._encodings[state] = self._encode(state)
@@ -202,6 +203,11 @@ class CMANP(nn.Module):
         """
         self._encodings.clear()
         return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        """Convert or move the weights; cached encodings are dropped."""
+        self._encodings.clear()
+        return super()._apply(*args, **kwargs)
 
     def load_state_dict(self, *args, **kwargs):
         """

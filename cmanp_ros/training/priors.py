@@ -105,14 +105,12 @@ def gp_predict(h: Hyperparameters, x_context, y_context, x_target):
 
     :return: mean and stddev of an observation, (batch, num_target, 1).
     """
-    n, eye = x_context.shape[1], torch.eye(x_context.shape[1], dtype=torch.float64)
+    eye = torch.eye(x_context.shape[1], dtype=torch.float64)
     noise2 = h.noise.square()[:, None, None]
     factor = torch.linalg.cholesky(kernel(h, x_context, x_context) + noise2 * eye)
     cross = torch.linalg.solve_triangular(factor, kernel(h, x_context, x_target), upper=False)
     mean = cross.mT @ torch.linalg.solve_triangular(factor, y_context, upper=False)
-    variance = (
-        h.scale.square()[:, None] - cross.square().sum(1) if n else h.scale.square()[:, None]
-    )
+    variance = h.scale.square()[:, None] - cross.square().sum(1)  # (batch, num_target)
     return mean, (variance.unsqueeze(-1) + noise2).sqrt()
 
 

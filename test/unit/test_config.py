@@ -1,0 +1,195 @@
+"""A configuration that exists can be built; any other says which value is wrong and why."""
+
+import dataclasses
+import json
+import re
+from math import inf, nan
+
+import pytest
+import torch
+
+from cmanp_ros.core import CMANP, CMANPConfig, CMANPError, LeastSquaresConfig
+from cmanp_ros.core.errors import ConfigError
+
+COUNTS = [
+    'dim_x',
+    'dim_y',
+    'num_latents',
+    'num_latents_per_block',
+    'dim_model',
+    'dim_feedforward',
+    'num_heads',
+    'num_blocks',
+    'embedder_depth',
+    'chunk_size',
+]
+SMALL = {'num_latents': 3, 'num_latents_per_block': 5, 'num_blocks': 2}
+
+
+def assert_refused(message, cls, **values):
+    with pytest.raises(ConfigError) as error:
+        cls(**values)
+    assert str(error.value) == message
+
+
+def test_paper_has_the_sizes_of_the_paper():
+    config = CMANPConfig.paper(3, 2)
+    assert (config.dim_x, config.dim_y) == (3, 2)
+    assert (config.num_latents, config.num_latents_per_block, config.num_blocks) == (128, 128, 6)
+    assert (config.dim_model, config.num_heads, config.dim_feedforward) == (64, 4, 128)
+    assert config.least_squares is None and not config.inducing_points
+
+
+@pytest.mark.parametrize('dim_x', [1, 2, 3, 4])
+def test_field_has_both_memories_in_every_dimension(dim_x):
+    config = CMANPConfig.field(dim_x, 1)
+    assert config.inducing_points
+    assert config.least_squares.functions_per_axis**dim_x < 2500
+    assert config.least_squares.voxels_per_axis**dim_x < 70_000
+
+
+@pytest.mark.parametrize('preset', ['paper', 'field'])
+def test_overrides_replace_the_defaults(preset):
+    config = getattr(CMANPConfig, preset)(2, 1, num_blocks=7, chunk_size=11)
+    assert (config.num_blocks, config.chunk_size) == (7, 11)
+    assert getattr(CMANPConfig, preset)(2, 1, least_squares=None).least_squares is None
+
+
+@pytest.mark.parametrize('preset', ['paper', 'field'])
+def test_configurations_survive_json(preset):
+    config = getattr(CMANPConfig, preset)(3, 2, num_blocks=7)
+    again = CMANPConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert hash(again) == hash(config)
+
+
+def test_from_dict_leaves_its_argument_unchanged():
+    values = CMANPConfig.field(2, 1).to_dict()
+    before = json.dumps(values)
+    CMANPConfig.from_dict(values)
+    assert json.dumps(values) == before
+
+
+def test_configurations_are_frozen():
+    for config in (CMANPConfig.field(2, 1), LeastSquaresConfig()):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, dataclasses.fields(config)[0].name, 3)
+
+
+def test_sequences_become_tuples_of_floats():
+    config = LeastSquaresConfig(smoothnesses=[2.5], lengths=[1, 2], noise_ratios=(0.1,))
+    assert config.lengths == (1.0, 2.0)
+    assert {type(value) for value in config.lengths} == {float}
+
+
+@pytest.mark.parametrize('name', COUNTS)
+@pytest.mark.parametrize('value', [0, -3, 1.5, 2.0, '7', None, True, inf])
+def test_counts_are_integers_of_at_least_one(name, value):
+    values = {'dim_x': 2, 'dim_y': 1} | {name: value}
+    assert_refused(
+        f'{name} is {value!r}, expected an integer of at least 1', CMANPConfig, **values
+    )
+
+
+def test_dim_model_is_a_multiple_of_num_heads():
+    message = 'dim_model is 14, expected a multiple of num_heads = 4'
+    assert_refused(message, CMANPConfig, dim_x=2, dim_y=1, dim_model=14)
+
+
+def test_embedders_have_at_least_two_layers():
+    message = 'embedder_depth is 1, expected at least 2'
+    assert_refused(message, CMANPConfig, dim_x=2, dim_y=1, embedder_depth=1)
+
+
+@pytest.mark.parametrize('name', ['functions_per_axis', 'voxels_per_axis'])
+@pytest.mark.parametrize('value', [0, -2, 2.5, 3.0, nan, inf, True])
+def test_sizes_of_least_squares_are_integers_of_at_least_one(name, value):
+    message = f'{name} is {value!r}, expected an integer of at least 1'
+    assert_refused(message, LeastSquaresConfig, **{name: value})
+
+
+@pytest.mark.parametrize('value', [2.0, 1.0, -3.0, nan])
+def test_the_box_is_larger_than_the_workspace(value):
+    message = f'box_half_width is {value!r}, expected more than 2'
+    assert_refused(message, LeastSquaresConfig, box_half_width=value)
+
+
+@pytest.mark.parametrize('name', ['smoothnesses', 'lengths', 'noise_ratios'])
+@pytest.mark.parametrize('value', [(), (0.0,), (1.0, -0.5), (nan,), (nan, 1.0), (1.0, nan)])
+def test_hyperparameters_are_positive(name, value):
+    message = f'{name} is {value!r}, expected one or more positive numbers'
+    assert_refused(message, LeastSquaresConfig, **{name: value})
+
+
+@pytest.mark.parametrize('name', ['lengths', 'noise_ratios'])
+def test_only_the_smoothness_may_be_infinite(name):
+    assert LeastSquaresConfig(smoothnesses=(inf,)).smoothnesses == (inf,)
+    with pytest.raises(ConfigError, match=f'^{name} is .*inf'):
+        LeastSquaresConfig(**{name: (1.0, inf)})
+
+
+@pytest.mark.parametrize(
+    'name', ['amplitude_shape', 'amplitude_scale', 'offset_variance', 'slope_variance']
+)
+@pytest.mark.parametrize('value', [0.0, -1.0, inf, nan])
+def test_prior_parameters_are_positive(name, value):
+    message = f'{name} is {value!r}, expected a positive number'
+    assert_refused(message, LeastSquaresConfig, **{name: value})
+
+
+@pytest.mark.parametrize('value', [0.5, 1.0])
+def test_the_amplitude_has_a_prior_mean(value):
+    message = f'amplitude_shape is {value!r}, expected above 1'
+    assert_refused(message, LeastSquaresConfig, amplitude_shape=value)
+
+
+def test_unknown_keys_are_named():
+    values = CMANPConfig.field(2, 1).to_dict()
+    with pytest.raises(ConfigError) as error:
+        CMANPConfig.from_dict(values | {'num_level': 3, 'a': 1})
+    known = [field.name for field in dataclasses.fields(CMANPConfig)]
+    assert str(error.value) == (
+        f"CMANPConfig has no ['a', 'num_level']; expected keys among {known}"
+    )
+    values['least_squares']['lenghts'] = (1.0,)
+    with pytest.raises(ConfigError, match=r"^LeastSquaresConfig has no \['lenghts'\]; expected"):
+        CMANPConfig.from_dict(values)
+
+
+def test_missing_keys_are_named():
+    with pytest.raises(ConfigError, match=re.escape("argument: 'dim_y'")):
+        CMANPConfig.from_dict({'dim_x': 2})
+
+
+def test_from_dict_refuses_values_out_of_range():
+    values = CMANPConfig.field(2, 1).to_dict()
+    with pytest.raises(ConfigError, match='^num_blocks is 0, expected an integer of at least 1$'):
+        CMANPConfig.from_dict(values | {'num_blocks': 0})
+    values['least_squares']['box_half_width'] = 1.5
+    with pytest.raises(ConfigError, match='^box_half_width is 1.5, expected more than 2$'):
+        CMANPConfig.from_dict(values)
+
+
+def test_config_errors_are_value_errors_of_this_package():
+    assert issubclass(ConfigError, CMANPError) and issubclass(ConfigError, ValueError)
+
+
+@pytest.mark.parametrize(
+    'sizes',
+    [
+        {'dim_model': 12, 'num_heads': 3},
+        {'dim_model': 10, 'num_heads': 2},
+        {'dim_model': 3, 'num_heads': 3},
+        {'dim_model': 7, 'num_heads': 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('inducing_points', [False, True])
+def test_a_configuration_that_is_accepted_can_be_built(sizes, inducing_points):
+    try:
+        config = CMANPConfig(2, 1, **sizes, **SMALL, inducing_points=inducing_points)
+    except ConfigError:
+        return  # refused with a reason is as good
+    model = CMANP(config).eval()
+    state = model.update(model.init_state(), torch.zeros(1, 3, 2), torch.zeros(1, 3, 1))
+    assert model.predict(state, torch.zeros(1, 5, 2)).mean.isfinite().all()

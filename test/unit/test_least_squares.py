@@ -1,0 +1,581 @@
+"""The regression memory is a Gaussian process: every number against a dense one in numpy."""
+
+import inspect
+from itertools import product
+from math import inf, pi
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import gamma, kv, softmax
+from scipy.stats import multivariate_t
+
+from cmanp_ros.core import least_squares
+from cmanp_ros.core.config import LeastSquaresConfig
+
+M = {1: 11, 2: 5, 3: 3}  # functions per axis, by dim_x
+VOXELS = {1: 4096, 2: 256, 3: 64}  # so many that no two random points share one
+N, N_TARGET, DIM_Y, BATCH = 13, 7, 2, 3
+EXACT = {'rtol': 1e-8, 'atol': 1e-8}
+
+
+def config_of(dim_x, **overrides):
+    """Return a small configuration with one setting of the hyperparameters."""
+    one = {'smoothnesses': (1.5,), 'lengths': (0.8,), 'noise_ratios': (0.1,)}
+    return LeastSquaresConfig(
+        **{'functions_per_axis': M[dim_x], 'voxels_per_axis': VOXELS[dim_x]} | one | overrides
+    )
+
+
+def data(dim_x, n=N, batch=BATCH):
+    """Return x, y, and targets, with another field for each output."""
+    x = torch.rand(batch, n, dim_x, dtype=torch.float64) * 4 - 2
+    y = torch.stack([torch.sin(2 * x.sum(-1)), x.square().sum(-1) - 1], -1)
+    y = y + 0.1 * torch.randn(y.shape, dtype=torch.float64)
+    return x, y, torch.rand(batch, N_TARGET, dim_x, dtype=torch.float64) * 4 - 2
+
+
+def settings_of(config):
+    return list(product(config.smoothnesses, config.lengths, config.noise_ratios))
+
+
+def solve(config, x, y, **options):
+    """Fold and solve points that lie so far apart that each counts in full."""
+    folded = least_squares.sums(config, x, y)
+    assert (folded.voxel_count <= config.points_per_voxel).all(), 'crowded voxels: other seed'
+    variances = least_squares.prior_variances(config, x.shape[-1])
+    return least_squares.solve(config, variances, folded, **options)
+
+
+# The oracle: dense Gaussian processes in numpy, nothing from the code under test -----------------
+
+
+def numpy_basis(config, x):
+    """Return the basis at x (n, dim_x), function by function."""
+    half, columns = config.box_half_width, []
+    for indices in product(range(1, config.functions_per_axis + 1), repeat=x.shape[-1]):
+        waves = [np.sin(pi * j * (x[:, d] + half) / (2 * half)) for d, j in enumerate(indices)]
+        columns.append(np.prod(waves, 0) / half ** (x.shape[-1] / 2))
+    return np.stack([*columns, np.ones(len(x)), *(x.T / 2)], -1)
+
+
+def numpy_prior(config, dim, nu, length):
+    """Return the prior variances of the weights, by Rasmussen and Williams (4.15)."""
+    variances = []
+    for indices in product(range(1, config.functions_per_axis + 1), repeat=dim):
+        frequency2 = sum((j / (4 * config.box_half_width)) ** 2 for j in indices)  # cycles
+        if nu == inf:
+            density = (2 * pi * length**2) ** (dim / 2) * np.exp(
+                -2 * pi**2 * length**2 * frequency2
+            )
+        else:
+            density = 2**dim * pi ** (dim / 2) * gamma(nu + dim / 2) * (2 * nu) ** nu
+            density /= gamma(nu) * length ** (2 * nu)
+            density *= (2 * nu / length**2 + 4 * pi**2 * frequency2) ** -(nu + dim / 2)
+        variances.append(density + 1e-10)
+    return np.array(variances + [config.offset_variance] + [config.slope_variance] * dim)
+
+
+class DenseGP:
+    """
+    One setting of the hyperparameters, one output: y ~ N(0, a^2 K1), a^2 ~ InvGamma.
+
+    :param weight: of every point, or of each; 1 unless voxels are crowded or time went by.
+    """
+
+    def __init__(self, config, x, y, x_target, setting, weight=1.0):
+        nu, length, self.ratio = setting
+        phi, phi_target = numpy_basis(config, x), numpy_basis(config, x_target)
+        prior = numpy_prior(config, x.shape[-1], nu, length)
+        weight = np.broadcast_to(weight, len(x))
+        noise = np.diag(self.ratio**2 / weight)
+        k1 = phi * prior @ phi.T + noise  # unit amplitude
+        cross = phi_target * prior @ phi.T
+        self.mean = cross @ np.linalg.solve(k1, y)
+        unit = phi_target * prior @ phi_target.T - cross @ np.linalg.solve(k1, cross.T)
+        shape = config.amplitude_shape + weight.sum() / 2
+        beta = config.amplitude_scale + y @ np.linalg.solve(k1, y) / 2
+        self.amplitude2 = beta / (shape - 1)
+        self.covariance = self.amplitude2 * unit
+        self.noise_variance = self.amplitude2 * self.ratio**2
+        self.log_evidence = multivariate_t.logpdf(
+            y,
+            shape=config.amplitude_scale / config.amplitude_shape * k1,
+            df=2 * config.amplitude_shape,
+        )
+
+
+def mixture(gps, num_kept=None):
+    """Return weights, mean, covariance and noise variance of the evidence-weighted mixture."""
+    weight = softmax([gp.log_evidence for gp in gps])
+    mean = sum(w * gp.mean for w, gp in zip(weight, gps, strict=True))
+    covariance = sum(
+        w * (gp.covariance + np.outer(gp.mean - mean, gp.mean - mean))
+        for w, gp in zip(weight, gps, strict=True)
+    )
+    noise = sum(w * gp.noise_variance for w, gp in zip(weight, gps, strict=True))
+    return weight, mean, covariance, noise
+
+
+# Basis and prior ---------------------------------------------------------------------------------
+
+
+def quadrature(half, dim_x):
+    """Return Gauss-Legendre nodes (1, order^dim_x, dim_x) and weights on the box."""
+    order = {1: 61, 2: 37, 3: 23}[dim_x]
+    node, weight = np.polynomial.legendre.leggauss(order)
+    nodes = np.array(list(product(half * node, repeat=dim_x)))
+    weights = np.prod(list(product(half * weight, repeat=dim_x)), -1)
+    return torch.tensor(nodes).unsqueeze(0), torch.tensor(weights)
+
+
+@pytest.mark.parametrize('dim_x', [1, 2, 3])
+def test_eigenfunctions_are_orthonormal_on_the_box(dim_x):
+    config = config_of(dim_x)
+    x, weight = quadrature(config.box_half_width, dim_x)
+    phi = least_squares.basis(config, x)[0, :, : M[dim_x] ** dim_x]
+    product_ = phi.mT @ (weight.unsqueeze(-1) * phi)
+    torch.testing.assert_close(product_, torch.eye(len(product_)).double(), **EXACT)
+
+
+@pytest.mark.parametrize('dim_x', [1, 2, 3])
+def test_basis_equals_numpy_function_by_function(dim_x):
+    config, (x, _, _) = config_of(dim_x), data(dim_x)
+    found = least_squares.basis(config, x)
+    expected = np.stack([numpy_basis(config, points) for points in x.numpy()])
+    assert found.shape[-1] == least_squares.num_functions(config, dim_x)
+    np.testing.assert_allclose(found, expected, atol=1e-13)
+
+
+@pytest.mark.parametrize('dim_x', [1, 2, 3])
+def test_eigenfunctions_have_the_frequencies_in_their_order(dim_x):
+    config = config_of(dim_x)
+    x = (torch.rand(1, 1, dim_x, dtype=torch.float64) * 4 - 2).requires_grad_()
+    phi = least_squares.basis(config, x)[0, 0, : M[dim_x] ** dim_x]
+    for value, omega in zip(phi, least_squares.frequencies(config, dim_x), strict=True):
+        (slope,) = torch.autograd.grad(value, x, create_graph=True)
+        for axis in range(dim_x):
+            (curvature,) = torch.autograd.grad(slope[0, 0, axis], x, retain_graph=True)
+            expected = -(omega[axis] ** 2) * value
+            torch.testing.assert_close(curvature[0, 0, axis], expected, **EXACT)
+
+
+@pytest.mark.parametrize('dim_x', [1, 2, 3])
+def test_eigenfunctions_vanish_on_the_boundary(dim_x):
+    config, (x, _, _) = config_of(dim_x), data(dim_x)
+    for axis, side in product(range(dim_x), (-1, 1)):
+        x[..., axis] = side * config.box_half_width
+        phi = least_squares.basis(config, x)[..., : M[dim_x] ** dim_x]
+        assert phi.abs().max() < 1e-13
+        x[..., axis] = 0.3
+
+
+@pytest.mark.parametrize('dim_x', [1, 2, 3])
+def test_prior_variances_equal_the_published_spectral_density(dim_x):
+    config = config_of(dim_x, smoothnesses=(0.5, 1.5, 2.5, inf), lengths=(0.3, 0.7, 1.1))
+    found = least_squares.prior_variances(config, dim_x)
+    kernels = product(config.smoothnesses, config.lengths)
+    expected = np.stack([numpy_prior(config, dim_x, *kernel) for kernel in kernels])
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def closed_form(r, nu, length):
+    """Return the Matern kernel of variance 1 (Rasmussen and Williams 4.14)."""
+    if nu == inf:
+        return np.exp(-0.5 * (r / length) ** 2)
+    z = np.sqrt(2 * nu) * np.maximum(r, 1e-9) / length
+    return 2 ** (1 - nu) / gamma(nu) * z**nu * kv(nu, z)
+
+
+@pytest.mark.parametrize(
+    ('nu', 'length', 'tolerance'),
+    [(1.5, 1.0, 2e-2), (2.5, 1.0, 5e-3), (inf, 0.9, 1e-6)],
+)
+@pytest.mark.parametrize(('dim_x', 'per_axis'), [(1, 67), (2, 29), (3, 17)])
+def test_reduced_rank_kernel_approaches_the_closed_form(dim_x, per_axis, nu, length, tolerance):
+    config = LeastSquaresConfig(
+        per_axis, box_half_width=4.0, smoothnesses=(nu,), lengths=(length,), voxels_per_axis=1
+    )
+    x = torch.rand(1, 19, dim_x, dtype=torch.float64) - 0.5  # far from the boundary
+    phi = least_squares.basis(config, x)[0, :, : per_axis**dim_x]
+    prior = least_squares.prior_variances(config, dim_x)[0, : per_axis**dim_x]
+    distance = torch.cdist(x[0], x[0]).numpy()
+    expected = closed_form(distance, nu, length)
+    np.testing.assert_allclose((phi * prior @ phi.mT), expected, atol=tolerance)
+
+
+# Predictions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dim_x', [1, 2, 3])
+@pytest.mark.parametrize('nu', [1.5, inf])
+def test_one_setting_equals_the_dense_gp(dim_x, nu):
+    config, (x, y, x_target) = config_of(dim_x, smoothnesses=(nu,)), data(dim_x)
+    regression = solve(config, x, y)
+    mean, variance = least_squares.predict(config, regression, x_target)
+    covariance = least_squares.joint_covariance(config, regression, x_target)
+    (setting,) = settings_of(config)
+    for row, output in product(range(BATCH), range(DIM_Y)):
+        oracle = DenseGP(
+            config, x[row].numpy(), y[row, :, output].numpy(), x_target[row].numpy(), setting
+        )
+        np.testing.assert_allclose(mean[row, :, output], oracle.mean, **EXACT)
+        np.testing.assert_allclose(variance[row, :, output], oracle.covariance.diagonal(), **EXACT)
+        np.testing.assert_allclose(covariance[row, output], oracle.covariance, **EXACT)
+        noise = regression.noise_variance[row, output]
+        np.testing.assert_allclose(noise, oracle.noise_variance, **EXACT)
+
+
+@pytest.mark.parametrize('dim_x', [1, 2, 3])
+def test_several_settings_equal_the_average_of_dense_gps_by_evidence(dim_x):
+    config = config_of(
+        dim_x, smoothnesses=(1.5, inf), lengths=(0.4, 0.8, 1.6), noise_ratios=(0.07, 0.3)
+    )
+    x, y, x_target = data(dim_x)
+    regression = solve(config, x, y, num_kept=12)
+    mean, _ = least_squares.predict(config, regression, x_target)
+    covariance = least_squares.joint_covariance(config, regression, x_target)
+    for row, output in product(range(BATCH), range(DIM_Y)):
+        arrays = x[row].numpy(), y[row, :, output].numpy(), x_target[row].numpy()
+        gps = [DenseGP(config, *arrays, setting) for setting in settings_of(config)]
+        weight, *expected = mixture(gps)
+        assert 1 - weight.max() > 1e-3, 'one setting has all the evidence: nothing is averaged'
+        np.testing.assert_allclose(mean[row, :, output], expected[0], **EXACT)
+        np.testing.assert_allclose(covariance[row, output], expected[1], **EXACT)
+        noise = regression.noise_variance[row, output]
+        np.testing.assert_allclose(noise, expected[2], **EXACT)
+
+
+def test_settings_kept_are_those_of_most_evidence():
+    config = config_of(2, lengths=(0.3, 0.5, 0.9, 1.5, 2.5), noise_ratios=(0.07, 0.3))
+    x, y, x_target = data(2)
+    regression = solve(config, x, y, num_kept=3)
+    mean, variance = least_squares.predict(config, regression, x_target)
+    for row in range(BATCH):
+        arrays = x[row].numpy(), y[row].numpy().T, x_target[row].numpy()
+        gps = [
+            [DenseGP(config, arrays[0], values, arrays[2], setting) for values in arrays[1]]
+            for setting in settings_of(config)
+        ]
+        weight = softmax([[gp.log_evidence for gp in pair] for pair in gps], axis=0).sum(-1)
+        kept = np.argsort(weight)[-3:]
+        for output in range(DIM_Y):
+            _, *expected = mixture([gps[index][output] for index in kept])
+            np.testing.assert_allclose(mean[row, :, output], expected[0], **EXACT)
+            diagonal = expected[1].diagonal()
+            np.testing.assert_allclose(variance[row, :, output], diagonal, **EXACT)
+
+
+def test_summary_holds_the_posterior_of_the_hyperparameters():
+    config = config_of(
+        2, smoothnesses=(1.5, inf), lengths=(0.4, 0.8, 1.6), noise_ratios=(0.07, 0.3)
+    )
+    x, y, x_target = data(2)
+    summary = solve(config, x, y).summary
+    assert summary.shape == (BATCH, DIM_Y, least_squares.NUM_SUMMARIES)
+    table = np.array([[np.log(s[1]), np.log(s[2]), 1 / s[0]] for s in settings_of(config)])
+    for row, output in product(range(BATCH), range(DIM_Y)):
+        arrays = x[row].numpy(), y[row, :, output].numpy(), x_target[row].numpy()
+        gps = [DenseGP(config, *arrays, setting) for setting in settings_of(config)]
+        weight = mixture(gps)[0]
+        center = weight @ table
+        spread = np.sqrt(weight @ (table - center) ** 2)
+        amplitude2 = weight @ [gp.amplitude2 for gp in gps]
+        expected = [*center, *spread[:2], np.log(amplitude2) / 2, np.log1p(N), 0.0]
+        np.testing.assert_allclose(summary[row, output], expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize('dim_x', [1, 2, 3])
+def test_no_points_give_the_prior(dim_x):
+    config, (_, _, x_target) = config_of(dim_x), data(dim_x)
+    nothing = least_squares.empty(config, dim_x, DIM_Y, BATCH)
+    variances = least_squares.prior_variances(config, dim_x)
+    regression = least_squares.solve(config, variances, nothing)
+    mean, variance = least_squares.predict(config, regression, x_target)
+    assert (mean == 0).all()
+    amplitude2 = config.amplitude_scale / (config.amplitude_shape - 1)
+    for row in range(BATCH):
+        phi = numpy_basis(config, x_target[row].numpy())
+        prior = numpy_prior(config, dim_x, *settings_of(config)[0][:2])
+        expected = amplitude2 * (phi**2 @ prior)
+        np.testing.assert_allclose(variance[row, :, 0], expected, **EXACT)
+        np.testing.assert_allclose(variance[row, :, 1], expected, **EXACT)
+    np.testing.assert_allclose(regression.noise_variance, amplitude2 * 0.1**2, **EXACT)
+
+
+def test_no_points_have_a_finite_summary():
+    config = config_of(2)
+    nothing = least_squares.empty(config, 2, DIM_Y, BATCH)
+    variances = least_squares.prior_variances(config, 2)
+    assert least_squares.solve(config, variances, nothing).summary.isfinite().all()
+
+
+def test_a_point_outside_the_workspace_is_folded_like_any_other():
+    config, (x, y, x_target) = config_of(2), data(2)
+    x[:, 0] = torch.tensor([2.3, -2.2])
+    regression = solve(config, x, y)
+    mean, _ = least_squares.predict(config, regression, x_target)
+    arrays = x[0].numpy(), y[0, :, 0].numpy(), x_target[0].numpy()
+    oracle = DenseGP(config, *arrays, settings_of(config)[0])
+    np.testing.assert_allclose(mean[0, :, 0], oracle.mean, **EXACT)
+
+
+# Honest counts -----------------------------------------------------------------------------------
+
+
+def voxels(x, m):
+    """Return the voxel of each point (n, dim_x), from 0 to m - 1 along each axis."""
+    return np.clip(np.floor((x + 2) / 4 * m), 0, m - 1).astype(int)
+
+
+@pytest.mark.parametrize('factor', [1.0, 0.25])
+@pytest.mark.parametrize('repeats', [1, 2, 5])
+@pytest.mark.parametrize('points_per_voxel', [1.0, 2.0, 3.5])
+def test_voxels_that_are_all_crowded_count_as_the_points_allowed(
+    points_per_voxel, repeats, factor
+):
+    config, (x, y, x_target) = config_of(2, points_per_voxel=points_per_voxel), data(2)
+    x, y = x.repeat(1, repeats, 1), y.repeat(1, repeats, 1)
+    _, crowd = np.unique(voxels(x[0].numpy(), VOXELS[2]), axis=0, return_counts=True)
+    assert (crowd == repeats).all()
+    folded = least_squares.forget(least_squares.sums(config, x, y), factor)
+    variances = least_squares.prior_variances(config, 2)
+    regression = least_squares.solve(config, variances, folded)
+    mean, variance = least_squares.predict(config, regression, x_target)
+    (setting,) = settings_of(config)
+    weight = factor * min(1, points_per_voxel / repeats)
+    for row, output in product(range(BATCH), range(DIM_Y)):
+        arrays = x[row].numpy(), y[row, :, output].numpy(), x_target[row].numpy()
+        oracle = DenseGP(config, *arrays, setting, weight)
+        np.testing.assert_allclose(mean[row, :, output], oracle.mean, **EXACT)
+        diagonal = oracle.covariance.diagonal()
+        np.testing.assert_allclose(variance[row, :, output], diagonal, **EXACT)
+    counts = regression.summary[..., -2:]
+    expected = [np.log1p(weight * N * repeats), np.log(min(1, points_per_voxel / repeats))]
+    np.testing.assert_allclose(counts, np.broadcast_to(expected, counts.shape), **EXACT)
+
+
+def test_no_point_counts_more_than_in_full_and_none_not_at_all():
+    config, x = config_of(2, voxels_per_axis=5), data(2, n=101)[0]
+    x[1, 11:] = x[1, 0]
+    x[2, 1:] = x[2, 0]
+    folded = least_squares.sums(config, x, torch.zeros(BATCH, 101, 1))
+    variances = least_squares.prior_variances(config, 2)
+    log_share = least_squares.solve(config, variances, folded).summary[:, 0, -1]
+    assert (log_share < 0).all() and (log_share >= -np.log(101)).all()
+
+
+def test_forgotten_points_weigh_less_than_new_ones():
+    config, (x, y, x_target) = config_of(2), data(2)
+    state = least_squares.forget(least_squares.sums(config, x[:, :6], y[:, :6]), 0.25)
+    state = least_squares.merge(state, least_squares.sums(config, x[:, 6:], y[:, 6:]))
+    variances = least_squares.prior_variances(config, 2)
+    regression = least_squares.solve(config, variances, state)
+    mean, variance = least_squares.predict(config, regression, x_target)
+    (setting,) = settings_of(config)
+    weight = np.where(np.arange(N) < 6, 0.25, 1)
+    for row, output in product(range(BATCH), range(DIM_Y)):
+        arrays = x[row].numpy(), y[row, :, output].numpy(), x_target[row].numpy()
+        oracle = DenseGP(config, *arrays, setting, weight)
+        np.testing.assert_allclose(mean[row, :, output], oracle.mean, **EXACT)
+        diagonal = oracle.covariance.diagonal()
+        np.testing.assert_allclose(variance[row, :, output], diagonal, **EXACT)
+
+
+@pytest.mark.parametrize('dim_x', [1, 2, 3])
+def test_points_are_counted_in_their_voxels_and_no_others(dim_x):
+    m = 5
+    config = config_of(dim_x, voxels_per_axis=m)
+    x, y, _ = data(dim_x)
+    x[:, 0], x[:, 1] = 2.0, -7.0  # the edge and beyond belong to the nearest voxel
+    folded = least_squares.sums(config, x, y)
+    expected = np.zeros((BATCH, *(m,) * dim_x))
+    for row in range(BATCH):
+        for voxel in voxels(x[row].numpy(), m):
+            expected[(row, *voxel)] += 1
+    expected = expected.reshape(BATCH, -1)
+    assert np.array_equal(folded.voxel_count, expected)
+    assert np.array_equal(folded.voxel_freshness, expected > 0)
+
+
+def wavy(x):
+    return torch.sin(2 * x[..., :1]) * torch.cos(1.5 * x[..., 1:])
+
+
+@pytest.fixture
+def surveyed():
+    """Return a function that predicts from 197 spread-out readings and any more."""
+    config = LeastSquaresConfig(11)
+    x = torch.rand(1, 197, 2, dtype=torch.float64) * 4 - 2
+    y = wavy(x) + 0.05 * torch.randn(1, 197, 1, dtype=torch.float64)
+    survey = least_squares.sums(config, x, y)
+
+    def predict(x_more, x_target):
+        noise = 0.05 * torch.randn(*x_more.shape[:-1], 1, dtype=torch.float64)
+        more = least_squares.sums(config, x_more, wavy(x_more) + noise)
+        variances = least_squares.prior_variances(config, 2)
+        regression = least_squares.solve(config, variances, least_squares.merge(survey, more))
+        mean, variance = least_squares.predict(config, regression, x_target)
+        return mean, variance.sqrt()
+
+    return predict
+
+
+SPOT = torch.tensor([[[0.3, -0.4]]], dtype=torch.float64)
+
+
+def test_repeats_at_one_spot_shrink_the_stddev_there(surveyed):
+    _, before = surveyed(SPOT[:, :0], SPOT)
+    _, after = surveyed(SPOT.expand(1, 1009, 2), SPOT)
+    assert after < before / 3
+
+
+def test_repeats_at_one_spot_leave_predictions_elsewhere(surveyed):
+    elsewhere = torch.rand(1, 307, 2, dtype=torch.float64) * 4 - 2
+    elsewhere = elsewhere[:, (elsewhere - SPOT).norm(dim=-1)[0] > 1]
+    mean_before, before = surveyed(SPOT[:, :0], elsewhere)
+    mean_after, after = surveyed(SPOT.expand(1, 1009, 2), elsewhere)
+    assert 0.8 < (after / before).median() < 1.25  # noise and amplitude are known better
+    assert ((mean_after - mean_before) / before).square().mean().sqrt() < 0.5
+
+
+def test_a_dense_track_is_no_more_confident_beside_it_than_a_thinned_one():
+    config = LeastSquaresConfig(11)
+
+    def field(x):  # with detail that eleven functions cannot resolve
+        return wavy(x) + 0.3 * torch.sin(23 * x[..., :1] + 2)
+
+    def predict(n):
+        along = torch.linspace(-1.9, 1.9, n, dtype=torch.float64)
+        x = torch.stack([along, 0.3 * along], -1).unsqueeze(0)
+        folded = least_squares.sums(config, x, field(x))
+        variances = least_squares.prior_variances(config, 2)
+        regression = least_squares.solve(config, variances, folded)
+        x_target = x[:, :: n // 41] + torch.tensor([0.0, 0.3], dtype=torch.float64)
+        mean, variance = least_squares.predict(config, regression, x_target)
+        error = (mean - field(x_target)).square().mean().sqrt()
+        return error, (variance + regression.noise_variance.unsqueeze(1)).sqrt().mean()
+
+    _, thinned = predict(61)  # one reading a voxel
+    error, dense = predict(10_000)
+    assert dense > 0.85 * thinned
+    assert error < 1.5 * dense
+
+
+# Algebra of the sums -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dim_x', [1, 2, 3])
+def test_merged_chunks_equal_one_batch(dim_x):
+    config, (x, y, _) = config_of(dim_x), data(dim_x)
+    parts = [
+        least_squares.sums(config, *part)
+        for part in zip(x.split((4, 0, 7, 2), 1), y.split((4, 0, 7, 2), 1), strict=True)
+    ]
+    merged = least_squares.empty(config, dim_x, DIM_Y, BATCH)
+    for part in reversed(parts):
+        merged = least_squares.merge(part, merged)
+    for found, expected in zip(merged, least_squares.sums(config, x, y), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_sums_are_the_sums_over_points():
+    config, (x, y, _) = config_of(2), data(2)
+    folded = least_squares.sums(config, x, y)
+    for row in range(BATCH):
+        phi, values = numpy_basis(config, x[row].numpy()), y[row].numpy()
+        gram = least_squares.unpack(folded.gram)[row]
+        np.testing.assert_allclose(gram, phi.T @ phi, atol=1e-12)
+        np.testing.assert_allclose(folded.moment[row], phi.T @ values, atol=1e-12)
+        np.testing.assert_allclose(folded.sum_squares[row], (values**2).sum(0), atol=1e-12)
+    assert (folded.count == N).all()
+
+
+def test_forget_scales_the_sums():
+    config, (x, y, _) = config_of(2), data(2)
+    folded = least_squares.sums(config, x, y)
+    faded = least_squares.forget(folded, 0.25)
+    for part, before in zip(faded, folded, strict=True):
+        torch.testing.assert_close(part, before / 4)
+
+
+def test_a_new_point_makes_its_voxel_fresh_again():
+    config, (x, y, _) = config_of(2), data(2)
+    folded = least_squares.sums(config, x, y)
+    faded = least_squares.forget(folded, 0.25)
+    new = least_squares.sums(config, x[:, :1], y[:, :1])
+    merged = least_squares.merge(faded, new)
+    expected = torch.maximum(folded.voxel_freshness / 4, (new.voxel_count > 0).double())
+    assert torch.equal(merged.voxel_freshness, expected)
+    assert torch.equal(merged.voxel_count, folded.voxel_count / 4 + new.voxel_count)
+
+
+@pytest.mark.parametrize('repeats', [1, 31])
+def test_forgotten_points_leave_the_prediction_less_certain(repeats):
+    config, (x, y, _) = config_of(2), data(2)
+    x, y = x.repeat(1, repeats, 1), y.repeat(1, repeats, 1)
+    folded = least_squares.sums(config, x, y)
+    variances = least_squares.prior_variances(config, 2)
+    before, after = (
+        least_squares.predict(config, least_squares.solve(config, variances, state), x)[1]
+        for state in (folded, least_squares.forget(folded, 0.25))
+    )
+    assert (after > 1.1 * before).all()
+
+
+@pytest.mark.slow
+def test_a_million_merged_points_equal_one_batch():
+    count, columns = 1_000_000, (3, 2, 1, 1, 5, 5)  # numbers in each of the sums
+    points = torch.randn(count, sum(columns), dtype=torch.float64)
+    points[:, -10:].abs_()  # numbers and weights of points are not negative
+    parts = points.split(columns, -1)
+    bare_merge = inspect.unwrap(least_squares.merge)  # without the checks of jaxtyping
+    with torch.inference_mode():
+        state = least_squares.LeastSquaresSums(*(torch.zeros(n).double() for n in columns))
+        for point in map(least_squares.LeastSquaresSums, *(part.unbind() for part in parts)):
+            state = bare_merge(state, point)
+    for found, part in zip(state[:-1], parts[:-1], strict=True):
+        torch.testing.assert_close(found, part.sum(0), rtol=1e-12, atol=1e-9)
+    assert torch.equal(state.voxel_freshness, parts[-1].amax(0))
+
+
+@pytest.mark.parametrize('size', [1, 2, 5, 11])
+def test_unpack_inverts_pack(size):
+    root = torch.randn(2, 3, size, size, dtype=torch.float64)
+    square = root + root.mT
+    triangle = least_squares.pack(square)
+    assert triangle.shape == (2, 3, size * (size + 1) // 2)
+    assert torch.equal(least_squares.unpack(triangle), square)
+    row, column = np.tril_indices(size)
+    assert np.array_equal(triangle[1, 2], square[1, 2].numpy()[row, column])
+
+
+# Sampled fields ----------------------------------------------------------------------------------
+
+
+def test_sampled_weights_have_the_mean_and_covariance_of_the_posterior():
+    config, (x, y, _) = config_of(1, lengths=(0.4, 1.2)), data(1)
+    regression = solve(config, x, y)
+    count = 40_009
+    weights = least_squares.sample_weights(regression, count, torch.Generator().manual_seed(5))
+    size = least_squares.num_functions(config, 1)
+    assert weights.shape == (BATCH, count, size, DIM_Y)
+    for row, output in product(range(BATCH), range(DIM_Y)):
+        drawn = weights[row, :, :, output]
+        covariance = regression.covariance[row, output]
+        # In units of the posterior, where every error has the scale 1 / sqrt(count).
+        stddev = covariance.diagonal().sqrt()
+        error = (drawn.mean(0) - regression.mean[row, :, output]) / stddev
+        assert error.abs().max() < 5 / count**0.5
+        error = (drawn.mT.cov() - covariance) / stddev / stddev.unsqueeze(-1)
+        assert error.abs().max() < 8 / count**0.5
+
+
+def test_sampled_weights_follow_the_generator():
+    config, (x, y, _) = config_of(1), data(1)
+    regression = solve(config, x, y)
+    first, again, other = (
+        least_squares.sample_weights(regression, 7, torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
