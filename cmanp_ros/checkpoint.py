@@ -60,6 +60,8 @@ def load_model(path_or_name='field', device='cpu') -> CMANP:
         model = CMANP(CMANPConfig.from_dict(header['config']))
     except CMANPError as error:
         raise CheckpointError(f'{path}: {error}') from error
+    if 'norm.weight' in tensors:
+        model.to(tensors['norm.weight'].dtype)
     _fill(model, tensors, str(path))
     return model.eval().requires_grad_(False).to(device)
 
@@ -269,6 +271,7 @@ def _write(path, kind, tensors, header):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o644)  # mkstemp is private; maps are to be shared
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -5,6 +5,7 @@ The ROS 2 node: wiring only. Messages go to conversions, points to the worker, a
     query -> worker -> NeuralField.predict -> conversions -> ~/prediction
 """
 
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class CMANPNode(LifecycleNode):
             self.destroy_node()
             raise
         self._grid_outputs, self._inputs, self._outputs = {}, [], []
-        self.field = None
+        self.field = self._worker = self._transforms = None
 
     # Lifecycle -------------------------------------------------------------------------------
 
@@ -155,10 +156,10 @@ class CMANPNode(LifecycleNode):
         """Free the model and the map."""
         self._close(self._inputs)
         self._close(self._outputs)
-        if self.field is not None:
+        if self._worker is not None:
             self._worker.stop()
             self._transforms.close()
-        self.field = None
+        self.field = self._worker = self._transforms = None
         self._grid_outputs.clear()
         return TransitionCallbackReturn.SUCCESS
 
@@ -337,7 +338,7 @@ class CMANPNode(LifecycleNode):
             except CMANPError as error:
                 self._warn('query', f'query {message.id} not answered: {error}')
 
-        self._worker.ask(answer)
+        self._worker.ask(answer).add_done_callback(self._report_fault)
 
     def _on_predict(self, request, response):
         p = self.parameters
@@ -366,10 +367,10 @@ class CMANPNode(LifecycleNode):
         try:
             future = self._worker.ask(answer)
             response.prediction, covariance, samples = future.result(ANSWER_TIMEOUT_SEC)
-        except (CMANPError, TimeoutError) as error:
-            response.message = str(error) or f'no answer within {ANSWER_TIMEOUT_SEC} s'
-            self._warn('request', f'predict refused: {response.message}')
-            return response
+        except CMANPError as error:
+            return self._refuse_request(response, str(error))
+        except Exception as error:  # a fault of ours or of torch must not end the node
+            return self._refuse_request(response, f'no answer: {error!r}')
         response.success = True
         if covariance is not None:
             response.covariance = conversions.float_array(covariance)
@@ -377,10 +378,18 @@ class CMANPNode(LifecycleNode):
             response.samples = conversions.float_array(samples)
         return response
 
+    def _refuse_request(self, response, message):
+        self._warn('request', f'request refused: {message}')
+        response.success, response.message = False, message
+        return response
+
     def _on_reset(self, request, response):
         for batch in self._worker.clear():
             self._drop(batch)
-        count = self._worker.ask(self._reset).result(ANSWER_TIMEOUT_SEC)
+        try:
+            count = self._worker.ask(self._reset).result(ANSWER_TIMEOUT_SEC)
+        except Exception as error:
+            return self._refuse_request(response, f'not reset: {error!r}')
         response.success, response.message = True, f'forgot {count} observations'
         return response
 
@@ -410,6 +419,11 @@ class CMANPNode(LifecycleNode):
             return
         self._published = version
         self._publishing = self._worker.ask(lambda: self._publish_grid_on(wanted))
+        self._publishing.add_done_callback(self._report_fault)
+
+    def _report_fault(self, future):
+        if not future.cancelled() and (error := future.exception()) is not None:
+            self._warn('internal_error', f'no answer and no grid: {error!r}')
 
     def _publish_grid_on(self, names):
         p, grid = self.parameters, self._grid
@@ -478,6 +492,7 @@ def main(arguments=None) -> int:
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not end the ending
         if node is not None:
             node.on_cleanup(None)
             node.destroy_node()

@@ -38,7 +38,7 @@ class NodeParameters:
         'Weights of the model: name of a shipped checkpoint, or path of a .safetensors file.',
     )
     device: str = _parameter('cpu', "Where the model runs: 'cpu', 'cuda' or 'cuda:<index>'.")
-    num_threads: int = _parameter(2, 'CPU threads that the model may use.', lower=1, upper=64)
+    num_threads: int = _parameter(1, 'CPU threads that the model may use.', lower=1, upper=64)
     map_frame: str = _parameter(
         'map', 'Frame in which the field is kept; observations and queries are transformed to it.'
     )

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import yaml
+from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
 from launch.conditions import IfCondition
 from launch.logging import get_logger
@@ -18,8 +19,6 @@ from launch_ros.actions import LifecycleNode, Node
 from launch_ros.parameter_descriptions import ParameterValue
 from launch_ros.substitutions import FindPackageShare
 from launch_ros.utilities import make_namespace_absolute, prefix_namespace
-
-from launch import LaunchDescription
 
 NAME = 'cmanp'
 CONFIG = PathJoinSubstitution([FindPackageShare('cmanp_ros'), 'config'])

@@ -12,13 +12,12 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import yaml
+from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
 from launch.conditions import IfCondition
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode, Node
 from launch_ros.substitutions import FindPackageShare
-
-from launch import LaunchDescription
 
 SWITCH = ('true', 'false', 'True', 'False')
 WINDOW_M = 50.0  # side of the workspace that config/cmanp.rviz is made for

@@ -6,21 +6,24 @@ both with a block axis in front of the heads where all blocks run at once. x is 
 value; both in model units here (the workspace is [-2, 2], values are deviations).
 """
 
-from cmanp_ros.core.config import CMANPConfig, LeastSquaresConfig
-from cmanp_ros.core.errors import CMANPError
-from cmanp_ros.core.model import CMANP
-from cmanp_ros.core.normalization import Normalization
-from cmanp_ros.core.predictive import PredictiveDistribution
-from cmanp_ros.core.state import State, forget, merge
+from importlib import import_module
 
-__all__ = [
-    'CMANP',
-    'CMANPConfig',
-    'CMANPError',
-    'LeastSquaresConfig',
-    'Normalization',
-    'PredictiveDistribution',
-    'State',
-    'forget',
-    'merge',
-]
+_PUBLIC = {
+    'CMANP': 'model',
+    'CMANPConfig': 'config',
+    'CMANPError': 'errors',
+    'LeastSquaresConfig': 'config',
+    'Normalization': 'normalization',
+    'PredictiveDistribution': 'predictive',
+    'State': 'state',
+    'forget': 'state',
+    'merge': 'state',
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name):
+    """Import what is asked for: messages and errors need no torch, which takes seconds."""
+    if name not in _PUBLIC:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'{__name__}.{_PUBLIC[name]}'), name)

@@ -21,7 +21,7 @@ HALF_WIDTH = 2.0  # of the workspace, in model units
 
 class LeastSquaresSums(NamedTuple):
     """
-    What is kept of the observations, float64: sums over points, and a coarse map of where they lay.
+    What is kept of the observations, float64: sums, and a coarse map of where points lay.
     """
 
     gram: Tensor
@@ -35,7 +35,7 @@ class LeastSquaresSums(NamedTuple):
     voxel_count: Tensor
     """(batch, num_voxels): points in each voxel, less what was forgotten."""
     voxel_freshness: Tensor
-    """(batch, num_voxels): weight of the newest point in each voxel: 1, less what was forgotten."""
+    """(batch, num_voxels): weight of the newest point of each voxel; 1 if none was forgotten."""
 
 
 class Regression(NamedTuple):

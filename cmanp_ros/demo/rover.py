@@ -20,7 +20,7 @@ from cmanp_ros.conversions import cloud_from_points
 from cmanp_ros.demo.drive import Scenario, scan, winding_path
 from cmanp_ros.demo.terrain import choose_window, load_terrain
 
-WAIT_SEC = 20.0
+WAIT_SEC = 60.0
 LINGER_SEC = 0.5  # the last messages must reach the node before the publisher is gone
 
 

@@ -6,11 +6,12 @@ import csv
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import cos, pi
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
@@ -59,6 +60,7 @@ def train(
     :return: the model file.
     """
     folder = Path(config.folder)
+    _check(folder, model_config, config)
     torch.manual_seed(config.seed)
     model = CMANP(model_config)
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=1e-2)
@@ -101,6 +103,43 @@ def train(
     return folder / 'model.safetensors'
 
 
+def command(config: TrainingConfig) -> str:
+    """Return the command line that trains with this configuration."""
+    options = (f'--{k.replace("_", "-")} {v}' for k, v in asdict(config).items() if k != 'workers')
+    return f'cmanp train {" ".join(options)}'
+
+
+def _check(folder, model_config, config):
+    """
+    Refuse what cannot be trained, and a folder in which something else was.
+
+    :raises ConfigError: saying what differs.
+    """
+    if model_config.least_squares is None or model_config.dim_y != 1:
+        raise ConfigError(
+            f'a model with dim_y {model_config.dim_y} and least_squares '
+            f'{model_config.least_squares}: expected dim_y 1 and the least-squares memory'
+        )
+    free = ('folder', 'workers', 'steps')
+    fixed = {k: v for k, v in asdict(config).items() if k not in free}
+    settings = json.loads(json.dumps({'model': model_config.to_dict(), 'training': fixed}))
+    path = folder / 'settings.json'
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=1))
+    elif (found := json.loads(path.read_text())) != settings:
+        differing = [
+            f'{key} is {settings[part].get(key)!r}, was {found[part].get(key)!r}'
+            for part in settings
+            for key in settings[part] | found[part]
+            if settings[part].get(key) != found[part].get(key)
+        ]
+        raise ConfigError(
+            f'{folder} holds another training: {"; ".join(differing)}. Use another folder, or '
+            'the settings of that one'
+        )
+
+
 def batch_log_likelihood(model: CMANP, batch: Batch) -> torch.Tensor:
     """
     Return the log-likelihood of each task, with gradients for everything but the regression.
@@ -137,13 +176,12 @@ def _save(folder, model, optimizer, step, seconds, config):
     progress = {'step': step, 'seconds': seconds}
     save_file(tensors, partial, {'progress': json.dumps(progress)})
     partial.replace(folder / 'last.safetensors')
-    extra = {'training': asdict(config) | {'folder': folder.name}, **progress}
+    named = replace(config, folder=folder.name)  # no paths of the machine that trained
+    extra = {'command': command(named), 'training': asdict(named), **progress}
     save_model(model, folder / 'model.safetensors', extra)
 
 
 def _resume(folder, model, optimizer):
-    from safetensors import safe_open
-
     path = folder / 'last.safetensors'
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)

@@ -267,10 +267,10 @@ def test_a_section_is_for_a_node_exactly_when_rcl_says_so(
 
 
 def test_demo_has_the_defaults_of_the_command():
+    from launch import LaunchContext
     from launch.launch_description_sources import get_launch_description_from_python_launch_file
 
     from cmanp_ros.cli.demo import _options
-    from launch import LaunchContext
 
     description = get_launch_description_from_python_launch_file(str(LAUNCH / 'demo.launch.py'))
     context, options = LaunchContext(), vars(_options([]))

@@ -374,3 +374,20 @@ def test_no_method_beats_the_gp_that_knows_the_truth():
     assert gp.log_likelihood.mean() > alone.log_likelihood.mean()
     assert gp.rmse.mean() < alone.rmse.mean()
     assert abs(gp.coverage.mean() - 0.9) < 0.05
+
+
+def test_a_folder_of_another_training_is_refused(tmp_path):
+    train(small_models.field(2), training_config(tmp_path, steps=1))
+    with pytest.raises(ConfigError, match='batch_size is 5, was 2'):
+        train(small_models.field(2), training_config(tmp_path, batch_size=5))
+
+
+def test_a_model_that_cannot_be_trained_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match='expected dim_y 1 and the least-squares memory'):
+        train(small_models.field(2, dim_y=2), training_config(tmp_path))
+
+
+def test_the_model_file_tells_the_command_that_made_it(uninterrupted):
+    extra = read_extra(uninterrupted / 'model.safetensors')
+    assert extra['command'].startswith('cmanp train --folder')
+    assert '--seed 0' in extra['command'] and extra['step'] == 7
