@@ -1,12 +1,10 @@
 """`cmanp evaluate`: held-out scores of a model beside least squares alone and an exact GP."""
 
 import argparse
-import json
-import sys
 
 import torch
 
-from cmanp_ros.checkpoint import load_model
+from cmanp_ros.checkpoint import load_model, read_extra, save_model
 from cmanp_ros.core.metrics import mean_and_error
 from cmanp_ros.training.evaluation import field_scores
 
@@ -19,7 +17,9 @@ def main(arguments) -> int:
     parser.add_argument('--num-tasks', type=int, default=200, help='tasks for each size')
     parser.add_argument('--seed', type=int, default=123)
     parser.add_argument('--threads', type=int, default=2)
-    parser.add_argument('--json', help='also write the scores to this file')
+    parser.add_argument(
+        '--record', metavar='FILE', help='also write the model with these scores in its header'
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
@@ -49,11 +49,25 @@ def main(arguments) -> int:
             f'{shown[2]:>16}{columns["coverage_90"][0]:>13.3f}',
             flush=True,
         )
-    if options.json:
-        with open(options.json, 'w') as file:
-            json.dump(rows, file, indent=1)
+    if options.record:
+        extra = read_extra(options.checkpoint)
+        settings = {'num_tasks': options.num_tasks, 'seed': options.seed, 'rows': rows}
+        print(f'written: {save_model(model, options.record, extra | {"scores": settings})}')
     return 0
 
 
-if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+def markdown_table(scores) -> str:
+    """
+    Render recorded scores for the README.
+
+    :param scores: 'scores' of `read_extra`.
+    """
+    lines = ['| observations | this model | least squares alone | 90 % intervals cover |']
+    lines.append('|---|---|---|---|')
+    sizes = dict.fromkeys(row['num_context'] for row in scores['rows'])
+    for size in sizes:
+        rows = {r['method']: r for r in scores['rows'] if r['num_context'] == size}
+        gaps = ['{:.3f} ± {:.3f}'.format(*rows[m]['gap']) for m in ('model', 'least squares')]
+        covered = '{:.3f} ± {:.3f}'.format(*rows['model']['coverage_90'])
+        lines.append(f'| {size} | {gaps[0]} | {gaps[1]} | {covered} |')
+    return '\n'.join(lines)

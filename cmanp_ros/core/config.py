@@ -19,7 +19,7 @@ class LeastSquaresConfig:
     functions_per_axis: int = 16
     box_half_width: float = 2.5
     """Half width [model units] of the box whose Laplacian eigenfunctions are the basis."""
-    smoothnesses: tuple[float, ...] = (1.5, inf)
+    smoothnesses: tuple[float, ...] = (1.5, 2.5, inf)
     """Matern smoothnesses; inf is the RBF kernel."""
     lengths: tuple[float, ...] = (0.2, 0.34, 0.58, 1.0, 1.7)
     noise_ratios: tuple[float, ...] = (0.015, 0.05, 0.14, 0.4)

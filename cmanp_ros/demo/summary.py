@@ -76,7 +76,8 @@ def _facts(report):
             )
     table.add_row(
         '  readings',
-        f'{observed["published"]:,} published in {observed["published_messages"]:,} messages: '
+        f'{observed["published"]:,} published in {observed["published_messages"]:,} messages, '
+        f'{observed["not_received"]} lost on the wire: '
         f'{observed["folded"]:,} folded, rejected: {rejected or "none"}; '
         f'{observed["dropped"]} dropped, {observed["unaccounted"]} unaccounted for',
     )

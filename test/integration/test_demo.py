@@ -68,7 +68,8 @@ def test_every_published_point_is_accounted_for(report):
     observed = report['observations']
     assert observed['published_messages'] == 120
     settled = observed['folded'] + sum(observed['rejected'].values()) + observed['dropped']
-    assert observed['published'] == settled + observed['pending']
+    received = observed['published'] - observed['not_received']  # best effort may lose some
+    assert received == settled + observed['pending']
     assert observed['rejected']['not_finite'] > 0
     assert observed['folded'] == report['end']['folded']
 

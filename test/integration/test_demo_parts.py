@@ -189,8 +189,8 @@ def test_points_that_no_counter_explains_are_found():
         'points_pending': 3,
         'messages_folded': 2,
     }
-    assert scores.unaccounted(96, counters) == 0
-    assert scores.unaccounted(101, counters) == 5
+    assert scores.unaccounted(counters | {'points_received': 96}) == 0
+    assert scores.unaccounted(counters | {'points_received': 101}) == 5
 
 
 def good_report():
@@ -227,6 +227,7 @@ def good_report():
             'rejected': {'not_finite': 130, 'outside_workspace': 130},
             'dropped': 0,
             'pending': 0,
+            'not_received': 48,
             'unaccounted': 0,
             'points_per_second': 430.0,
         },
@@ -251,7 +252,8 @@ def test_complete_run_lacks_nothing():
         ('answers', 'difference_m', None, 'same answers'),
         ('answers', 'difference_m', 0.5, 'differ by 0.5 m'),
         ('observations', 'folded', 0, 'no observation was folded'),
-        ('observations', 'unaccounted', 48, '48 of the published points were lost'),
+        ('observations', 'unaccounted', 48, '48 of the points received were lost'),
+        ('observations', 'not_received', 480, '480 of the published points did not reach'),
         ('end', 'state_bytes', 382184, '382176 bytes at the start and 382184'),
         ('end', 'rmse', 131.0, 'RMSE did not fall'),
         ('end', 'rmse', float('nan'), 'RMSE did not fall'),

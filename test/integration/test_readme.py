@@ -59,3 +59,12 @@ def test_state_size_is_the_one_of_the_default_model():
 
     sizes = set(re.findall(r'([\d,]+) bytes', README))
     assert sizes == {f'{NeuralField.load().state_nbytes:,}'}
+
+
+def test_accuracy_is_the_one_recorded_in_the_default_model():
+    from cmanp_ros.checkpoint import read_extra
+    from cmanp_ros.cli.evaluate import markdown_table
+
+    scores = read_extra('field')['scores']
+    assert markdown_table(scores) in README
+    assert f'{scores["num_tasks"]} synthetic fields' in README
