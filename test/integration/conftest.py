@@ -36,6 +36,7 @@ class Client:
         from rclpy.executors import SingleThreadedExecutor
 
         self.node = rclpy.create_node('client', context=context)
+        self.nodes = []  # those under test
         self._executor = SingleThreadedExecutor(context=context)
         self._executor.add_node(self.node)
         self._thread = threading.Thread(target=self._executor.spin, daemon=True)
@@ -48,9 +49,13 @@ class Client:
         return received
 
     def publisher(self, message_type, topic, qos=10):
-        """Return a publisher that somebody listens to."""
+        """Return a publisher that the nodes under test and this one know of each other."""
         publisher = self.node.create_publisher(message_type, topic, qos)
         wait_for(publisher.get_subscription_count)
+        listening = (s for node in self.nodes for s in node.subscriptions)
+        for subscription in listening:  # until both sides know, best effort loses messages
+            if subscription.topic_name == publisher.topic_name:
+                wait_for(subscription.get_publisher_count)
         return publisher
 
     def call(self, service_type, name, request):
@@ -78,7 +83,7 @@ def client(context):
 
 
 @pytest.fixture
-def start_node(domain_id):
+def start_node(domain_id, client):
     """Return a function that starts a node with parameters and returns it, active."""
     import rclpy
     from rclpy.executors import SingleThreadedExecutor
@@ -101,6 +106,7 @@ def start_node(domain_id):
         thread = threading.Thread(target=executor.spin, daemon=True)
         thread.start()
         running.append((node, executor, thread, context))
+        client.nodes.append(node)
         return node
 
     yield start
