@@ -42,9 +42,8 @@ class LeastSquaresConfig:
             values = tuple(float(value) for value in getattr(self, name))
             object.__setattr__(self, name, values)
             finite = values if name != 'smoothnesses' else ()
-            is_positive = all(v > 0 for v in values) and all(map(isfinite, finite))
-            is_positive = is_positive and bool(values)
-            _require(is_positive, name, values, 'one or more positive numbers')
+            positive = bool(values) and all(v > 0 for v in values) and all(map(isfinite, finite))
+            _require(positive, name, values, 'one or more positive numbers')
         for name in (
             'points_per_voxel',
             'amplitude_shape',

@@ -142,8 +142,7 @@ class Observer:
         newest = answer.header.stamp
         if not self.wait(lambda: self.field and self.field.header.stamp == newest, ANSWER_SEC):
             return None
-        x, field_mean, _ = points_from_cloud(self.field, ('x', 'y'), 'mean')
-        field_stddev = points_from_cloud(self.field, ('x', 'y'), 'stddev')[1]
+        x, field_mean, field_stddev = self._field_cells()
         asked = self.ask_topic(x)
         if not self.wait(lambda: asked in self._answers, ANSWER_SEC):
             return None
@@ -179,8 +178,7 @@ class Observer:
         """Return the published map for the terminal: rows of rounded numbers, south first."""
         if self.field is None:
             return None
-        x, mean, _ = points_from_cloud(self.field, ('x', 'y'), 'mean')
-        stddev = points_from_cloud(self.field, ('x', 'y'), 'stddev')[1]
+        x, mean, stddev = self._field_cells()
         columns = len(np.unique(x[:, 0]))
         if len(x) % columns:
             return None  # cells without a finite prediction are left out
@@ -188,6 +186,11 @@ class Observer:
             name: np.rint(values).astype(int).reshape(-1, columns).tolist()
             for name, values in (('mean', mean), ('stddev', stddev))
         }
+
+    def _field_cells(self):
+        """Return centers (n, 2), mean and stddev (n, 1) of the published map."""
+        x, mean, _ = points_from_cloud(self.field, ('x', 'y'), 'mean')
+        return x, mean, points_from_cloud(self.field, ('x', 'y'), 'stddev')[1]
 
     def _counter(self, key):
         """Return a number of the node's newest status, or None before it came."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from cmanp_ros.core import CMANP, metrics
-from cmanp_ros.training import batches, priors
+from cmanp_ros.training import priors
 
 
 class Scores(NamedTuple):
@@ -43,10 +43,10 @@ def field_scores(
                     task, *priors.gp_predict(truth, task.x_context, task.y_context, task.x_target)
                 )
             )
-            prior = batches.solve(model.config, task)
+            state = model.update(model.init_state(at_once), task.x_context, task.y_context)
+            prior = model.regress(model.encoding(state), task.x_target)
             stddev = (prior.variance + prior.noise_variance).sqrt()
             found['least squares'].append(_score(task, prior.mean, stddev))
-            state = model.update(model.init_state(at_once), task.x_context, task.y_context)
             p = model.predict(state, task.x_target)
             found['model'].append(_score(task, p.mean, p.stddev))
         for method, parts in found.items():

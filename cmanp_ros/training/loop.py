@@ -184,7 +184,6 @@ def _save(folder, model, optimizer, step, seconds, config):
 def _resume(folder, model, optimizer):
     path = folder / 'last.safetensors'
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         return 0, 0.0
     tensors = load_file(path)
     model.load_state_dict(

@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
+from conftest import wait_for
 
 from cmanp_ros.checkpoint import save_model, shipped_models
 from cmanp_ros.core import CMANP, CMANPConfig
@@ -143,10 +143,7 @@ def test_no_process_is_left_behind(checkpoint, tmp_path, phase, number, status):
         demo.send_signal(number)
         output, _ = demo.communicate(timeout=30.0)
         assert demo.returncode == status, output
-        deadline = time.monotonic() + 10.0
-        while any(alive(pid) for pid in children) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not any(alive(pid) for pid in children)
+        wait_for(lambda: not any(alive(pid) for pid in children), 10.0)
         assert 'Traceback' not in output
     finally:
         demo.kill()

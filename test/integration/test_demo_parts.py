@@ -10,6 +10,7 @@ import matplotlib.cbook
 import matplotlib.image
 import numpy as np
 import pytest
+from conftest import wait_for
 from matplotlib import colormaps
 from rich.console import Console
 
@@ -408,14 +409,6 @@ def child(tmp_path):
     processes.stop(children, 0.1)
 
 
-def until(condition, timeout_sec=10.0):
-    """Wait for a condition."""
-    deadline = time.monotonic() + timeout_sec
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_what_a_child_says_is_an_event_or_goes_to_its_log(child):
     said = child(
         'import json, sys\n'
@@ -423,7 +416,7 @@ def test_what_a_child_says_is_an_event_or_goes_to_its_log(child):
         'print("not json")\nprint("7")\nprint("oops", file=sys.stderr)\nsys.exit(3)\n'
     )
     said.tell('go')
-    until(lambda: said.ended() is not None)
+    wait_for(lambda: said.ended() is not None)
     assert said.ended() == 3
     assert said.events() == [{'told': 'go\n'}]
     assert sorted(said.last_lines().split('\n')) == ['7', 'not json', 'oops']
@@ -435,7 +428,7 @@ def test_child_that_does_not_stop_is_killed_in_time(child):
         'import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n'
         'print("{}", flush=True)\ntime.sleep(60)\n'
     )
-    until(stubborn.events)
+    wait_for(stubborn.events)
     started = time.monotonic()
     assert processes.stop([stubborn], 0.5) == ['script']
     assert time.monotonic() - started < 5.0
@@ -444,7 +437,7 @@ def test_child_that_does_not_stop_is_killed_in_time(child):
 
 def test_child_that_stops_is_not_killed(child):
     polite = child('import time\nprint("{}", flush=True)\ntime.sleep(60)\n')
-    until(polite.events)
+    wait_for(polite.events)
     assert processes.stop([polite]) == []
 
 

@@ -323,6 +323,21 @@ def test_a_point_outside_the_workspace_is_folded_like_any_other():
 # Honest counts -----------------------------------------------------------------------------------
 
 
+def assert_solved_as_by_dense_gps(config, folded, points, x_target, weight):
+    """Compare with one dense GP for each row and output; return the regression."""
+    variances = least_squares.prior_variances(config, 2)
+    regression = least_squares.solve(config, variances, folded)
+    mean, variance = least_squares.predict(config, regression, x_target)
+    (setting,) = settings_of(config)
+    for row, output in product(range(BATCH), range(DIM_Y)):
+        x, y = points[0][row].numpy(), points[1][row, :, output].numpy()
+        oracle = DenseGP(config, x, y, x_target[row].numpy(), setting, weight)
+        np.testing.assert_allclose(mean[row, :, output], oracle.mean, **EXACT)
+        diagonal = oracle.covariance.diagonal()
+        np.testing.assert_allclose(variance[row, :, output], diagonal, **EXACT)
+    return regression
+
+
 def voxels(x, m):
     """Return the voxel of each point (n, dim_x), from 0 to m - 1 along each axis."""
     return np.clip(np.floor((x + 2) / 4 * m), 0, m - 1).astype(int)
@@ -339,17 +354,8 @@ def test_voxels_that_are_all_crowded_count_as_the_points_allowed(
     _, crowd = np.unique(voxels(x[0].numpy(), VOXELS[2]), axis=0, return_counts=True)
     assert (crowd == repeats).all()
     folded = least_squares.forget(least_squares.sums(config, x, y), factor)
-    variances = least_squares.prior_variances(config, 2)
-    regression = least_squares.solve(config, variances, folded)
-    mean, variance = least_squares.predict(config, regression, x_target)
-    (setting,) = settings_of(config)
     weight = factor * min(1, points_per_voxel / repeats)
-    for row, output in product(range(BATCH), range(DIM_Y)):
-        arrays = x[row].numpy(), y[row, :, output].numpy(), x_target[row].numpy()
-        oracle = DenseGP(config, *arrays, setting, weight)
-        np.testing.assert_allclose(mean[row, :, output], oracle.mean, **EXACT)
-        diagonal = oracle.covariance.diagonal()
-        np.testing.assert_allclose(variance[row, :, output], diagonal, **EXACT)
+    regression = assert_solved_as_by_dense_gps(config, folded, (x, y), x_target, weight)
     counts = regression.summary[..., -2:]
     expected = [np.log1p(weight * N * repeats), np.log(min(1, points_per_voxel / repeats))]
     np.testing.assert_allclose(counts, np.broadcast_to(expected, counts.shape), **EXACT)
@@ -369,17 +375,8 @@ def test_forgotten_points_weigh_less_than_new_ones():
     config, (x, y, x_target) = config_of(2), data(2)
     state = least_squares.forget(least_squares.sums(config, x[:, :6], y[:, :6]), 0.25)
     state = least_squares.merge(state, least_squares.sums(config, x[:, 6:], y[:, 6:]))
-    variances = least_squares.prior_variances(config, 2)
-    regression = least_squares.solve(config, variances, state)
-    mean, variance = least_squares.predict(config, regression, x_target)
-    (setting,) = settings_of(config)
     weight = np.where(np.arange(N) < 6, 0.25, 1)
-    for row, output in product(range(BATCH), range(DIM_Y)):
-        arrays = x[row].numpy(), y[row, :, output].numpy(), x_target[row].numpy()
-        oracle = DenseGP(config, *arrays, setting, weight)
-        np.testing.assert_allclose(mean[row, :, output], oracle.mean, **EXACT)
-        diagonal = oracle.covariance.diagonal()
-        np.testing.assert_allclose(variance[row, :, output], diagonal, **EXACT)
+    assert_solved_as_by_dense_gps(config, state, (x, y), x_target, weight)
 
 
 @pytest.mark.parametrize('dim_x', [1, 2, 3])
