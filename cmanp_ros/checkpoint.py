@@ -1,40 +1,26 @@
 """
-Models and states as single safetensors files: nothing is ever unpickled.
+Models and maps as single safetensors files: nothing is ever unpickled.
 
-The header carries a format version, what the tensors mean (configuration, normalization) and a
-hash of the content; a state also carries the hash of the weights that folded it.
+The header carries a format version, what the tensors mean (configuration, geometry, units) and a
+hash of the content; a map also carries the hash of the weights that folded it.
 """
 
 import hashlib
 import json
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from cmanp_ros.core import CMANP, CMANPConfig, Normalization, State
+from cmanp_ros.core import CMANP, CMANPConfig, State
 from cmanp_ros.core.errors import CheckpointError, CMANPError
 from cmanp_ros.core.state import from_tensors
 
-FORMAT_VERSION = 1
-MODEL, STATE = 'cmanp_ros model', 'cmanp_ros state'
-
-
-@dataclass(frozen=True)
-class StateFile:
-    """
-    What a state file holds beside the sums.
-    """
-
-    state: State
-    normalization: Normalization
-    weights_hash: str
-    extra: dict
-    """Provenance: frame, stamps, whatever the writer added."""
+FORMAT_VERSION = 2
+MODEL, MAP = 'cmanp_ros model', 'cmanp_ros map'
 
 
 def save_model(model: CMANP, path, extra: dict | None = None) -> Path:
@@ -87,34 +73,35 @@ def weights_hash(model: CMANP) -> str:
     return _digest(model.state_dict(), {'config': model.config.to_dict()})
 
 
-def save_state(
-    state: State, path, model: CMANP, normalization: Normalization, extra: dict | None = None
-) -> Path:
+def save_map(path, keys: list[tuple[int, ...]], state: State | None, header: dict) -> Path:
     """
-    Write a state; the file appears whole or not at all.
+    Write the tiles of a map; the file appears whole or not at all.
+
+    :param keys: level and lattice index of each tile; `state` holds them in this order.
+    :param header: plain values: weights_hash, geometry, normalization and whatever else.
     """
-    header = {
-        'normalization': normalization.to_dict(),
-        'weights_hash': weights_hash(model),
-        'extra': extra or {},
-    }
-    return _write(path, STATE, state.tensors(), header)
+    tensors = {'key': torch.tensor(keys, dtype=torch.int64)} if keys else {}
+    if state is not None:
+        tensors |= state.tensors()
+    return _write(path, MAP, tensors, header)
 
 
-def load_state(path, model: CMANP) -> StateFile:
+def load_map(path, model: CMANP) -> tuple[list[tuple[int, ...]], State, dict]:
     """
-    Read a state folded by this model.
+    Read a map folded by this model.
 
-    :raises CheckpointError: for a missing, damaged or foreign file, or another model's state.
+    :return: keys, states and header as `save_map` took them.
+    :raises CheckpointError: for a missing, damaged or foreign file, or another model's map.
     """
-    tensors, header = _read(path, STATE)
+    tensors, header = _read(path, MAP)
     expected = weights_hash(model)
     if header['weights_hash'] != expected:
         raise CheckpointError(
             f'{path} was folded by weights {header["weights_hash"][:12]}, this model has '
             f'{expected[:12]}: load it with the checkpoint that made it'
         )
-    empty = model.init_state(1).tensors()
+    keys, empty = tensors.pop('key', None), model.init_state(0).tensors()
+    tensors = tensors or empty  # a map of no tiles
     _compare(
         {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()},
         {name: tuple(tensor.shape[1:]) for name, tensor in empty.items()},
@@ -124,7 +111,7 @@ def load_state(path, model: CMANP) -> StateFile:
     state = from_tensors({name: tensor.to(device) for name, tensor in tensors.items()})
     if not state.is_finite():
         raise CheckpointError(f'{path} holds sums that are not finite; it cannot be used')
-    return StateFile(state, Normalization(**header['normalization']), expected, header['extra'])
+    return [] if keys is None else [tuple(key) for key in keys.tolist()], state, header
 
 
 def load_reference(state_dict: dict, config: CMANPConfig) -> CMANP:

@@ -4,16 +4,20 @@ NeuralField: a model and its state behind a numpy API, in metres and field units
 The only object that the node holds; usable without ROS.
 """
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from cmanp_ros import checkpoint as files
-from cmanp_ros.core import CMANP, Normalization, State, forget, merge
+from cmanp_ros.core import CMANP, Lattice, Normalization, OneTile, World
 from cmanp_ros.core.errors import ConfigError, InputError, StateMismatchError
+from cmanp_ros.core.lattice import geometry
+from cmanp_ros.store import TileStore
 
 OK, OUTSIDE, NOT_FINITE = 0, 1, 2  # status of a target, as in Prediction.msg
+TILES_PER_SIDE = 10  # of the finest, along the longest side of the bounds
 LARGEST_VALUE = 1e6  # [value_scale] a value further from value_offset is a fault of its source
 
 
@@ -27,23 +31,35 @@ class Observed:
 
 
 class NeuralField:
-    """A map with error bars whose size does not depend on how much was observed."""
+    """A map with error bars; its memory is bounded whatever was observed."""
 
-    def __init__(self, model: CMANP, normalization: Normalization, half_life_sec=None):
+    def __init__(
+        self,
+        model: CMANP,
+        geometry: Lattice | OneTile,
+        normalization: Normalization,
+        half_life_sec=None,
+        max_tiles: int = 2048,
+        store=None,
+    ):
         """
-        Start with an empty map; `load` is the usual way.
+        Start with an empty map, or with what the store holds; `load` is the usual way.
 
         :param half_life_sec: [s] after which an observation counts half; None: never.
+        :param max_tiles: kept in memory; the least recently used go to the store.
+        :param store: path of the file that takes the others; None: they are dropped and counted.
         """
-        if normalization.dim_x != model.config.dim_x:
+        if geometry.dim_x != model.config.dim_x:
             raise ConfigError(
-                f'bounds have {normalization.dim_x} numbers per corner, the model takes '
-                f'locations of {model.config.dim_x}: give bounds of that many, or another model'
+                f'bounds have {geometry.dim_x} numbers per corner, the model takes locations of '
+                f'{model.config.dim_x}: give bounds of that many, or another model'
             )
-        self.model, self.normalization = model, normalization
+        self.model, self.geometry, self.normalization = model, geometry, normalization
         self.half_life_sec = half_life_sec
         self._weights_hash = files.weights_hash(model)
-        self.reset()
+        self._store = store and TileStore(store, self._identity())
+        self.world = World(model, geometry, max_tiles, self._store)
+        self._version = 0
 
     @classmethod
     def load(
@@ -54,36 +70,74 @@ class NeuralField:
         value_offset=0.0,
         value_scale=1.0,
         half_life_sec=None,
+        tile_size: float | None = None,
+        one_tile: bool = False,
+        max_tiles: int = 2048,
+        store=None,
     ):
         """
         Make an empty map.
 
         :param checkpoint: file or name of a shipped model; None: the default, 'field'.
-        :param bounds: lower and upper corner of the workspace [m].
+        :param bounds: lower and upper corner of the workspace [m]. With tiles it only sets their
+            size, unless `tile_size` does: the map has no border.
         :param value_offset: [field units] a typical value; the prediction where nothing is known.
         :param value_scale: [field units] a typical deviation from it.
+        :param tile_size: [m] spacing of the finest tiles; None: a tenth of the longest side.
+        :param one_tile: a single tile over the bounds, as in the paper.
         :raises CheckpointError: for a file that cannot be used.
         :raises ConfigError: for bounds, units or a device that cannot be used.
         """
-        normalization = Normalization(*bounds, value_offset, value_scale)
-        return cls(_load_model(checkpoint, device), normalization, half_life_sec)
+        model = _load_model(checkpoint, device)
+        geometry = OneTile(*bounds)
+        if not one_tile:
+            size = max(np.subtract(*bounds[::-1])) / TILES_PER_SIDE
+            config = model.config
+            geometry = Lattice(
+                size if tile_size is None else tile_size,
+                geometry.dim_x,
+                config.num_levels,
+                config.level_factor,
+            )
+        normalization = Normalization(value_offset, value_scale)
+        return cls(model, geometry, normalization, half_life_sec, max_tiles, store)
 
     # State -----------------------------------------------------------------------------------
 
     @property
-    def state(self) -> State:
-        """The immutable state; keep a reference to it as a snapshot."""
-        return self._state
-
-    @property
-    def state_nbytes(self) -> int:
-        """Size of the state [bytes]."""
-        return self._state.nbytes
+    def version(self) -> int:
+        """A number that changes whenever the map does."""
+        return self._version
 
     @property
     def num_observations(self) -> int:
         """Points folded so far."""
-        return int(self._state.num_observations[0])
+        return self.world.num_observations
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles with data, in memory or in the store."""
+        return len(self.world.tiles)
+
+    @property
+    def num_tiles_in_memory(self) -> int:
+        """Tiles in memory, at most `max_tiles`."""
+        return self.world.tiles.num_in_memory
+
+    @property
+    def num_tiles_dropped(self) -> int:
+        """Tiles that were lost for want of a store."""
+        return self.world.tiles.num_dropped
+
+    @property
+    def state_nbytes(self) -> int:
+        """Memory of the map [bytes], with what predictions keep beside it."""
+        return self.world.nbytes
+
+    @property
+    def tile_nbytes(self) -> int:
+        """Size of the state of one tile [bytes]: the same whatever was folded into it."""
+        return self.model.init_state(1).nbytes
 
     def observe(self, x, y) -> Observed:
         """
@@ -103,7 +157,7 @@ class NeuralField:
         with np.errstate(invalid='ignore'):
             usable = {
                 'not_finite': np.isfinite(x).all(-1) & np.isfinite(y).all(-1),
-                'outside_workspace': self.normalization.contains(x),
+                'outside_workspace': self._contains(x),
                 'value_out_of_range': (np.abs(target) <= LARGEST_VALUE).all(-1),
             }
         good, rejected = np.ones(len(x), bool), {}
@@ -113,21 +167,17 @@ class NeuralField:
             good &= mask
         folded = int(good.sum())
         if folded:
-            state = self._update(x[good], target[good])
-            if not state.is_finite():  # nothing that is checked above should lead here
-                raise InputError('folding these points gave sums that are not finite; left out')
-            self._state = state
+            with torch.inference_mode():
+                self.world.fold(self._tensor(x[good]), self._tensor(target[good]))
+            self._version += 1
         return Observed(folded, rejected)
 
-    @torch.inference_mode()
-    def _update(self, x, y):
-        x = self._tensor(self.normalization.location_to_model(x))
-        return self.model.update(self._state, x, self._tensor(y))
-
     def reset(self):
-        """Forget everything; the prediction is the prior again."""
-        with torch.inference_mode():
-            self._state = self.model.init_state(1)
+        """Forget everything, in the store too; the prediction is the prior again."""
+        if self._store is not None:
+            self._store.clear()
+        self.world.clear()
+        self._version += 1
 
     def forget(self, dt_sec: float):
         """
@@ -140,14 +190,15 @@ class NeuralField:
                 f'forget {dt_sec} s with half_life_sec {self.half_life_sec}: expected a time of '
                 'at least 0 and a half-life [s]'
             )
-        with torch.inference_mode():
-            self._state = forget(self._state, 0.5 ** (dt_sec / self.half_life_sec))
+        factor = 0.5 ** (dt_sec / self.half_life_sec)
+        self.world.tiles.forget(max(factor, 1e-300))  # a clock may jump by years
+        self._version += 1
 
     def merge(self, other: 'NeuralField'):
         """
         Take over all that another map has observed, exactly; each observation once.
 
-        :raises StateMismatchError: for other weights, workspace or units; nothing is changed.
+        :raises StateMismatchError: for other weights, tiles or units; nothing is changed.
         """
         if self._weights_hash != other._weights_hash:
             raise StateMismatchError(
@@ -157,10 +208,21 @@ class NeuralField:
         if self.normalization != other.normalization:
             raise StateMismatchError(
                 f'the other map has {other.normalization}, this one {self.normalization}: use '
-                'the same bounds, value_offset and value_scale for both'
+                'the same value_offset and value_scale for both'
             )
         with torch.inference_mode():
-            self._state = merge(self._state, other._state)
+            self.world.merge(other.world)
+        self._version += 1
+
+    def flush(self):
+        """Write what changed to the store, in one transaction; nothing without a store."""
+        self.world.tiles.flush()
+
+    def close(self):
+        """Flush and close the store."""
+        if self._store is not None:
+            self.flush()
+            self._store.close()
 
     def save(self, path, **extra):
         """
@@ -168,28 +230,54 @@ class NeuralField:
 
         :param extra: provenance, such as the frame and the stamp.
         """
-        files.save_state(self._state, path, self.model, self.normalization, extra)
+        keys, state = self.world.export()
+        header = self._identity() | {'num_observations': self.num_observations, 'extra': extra}
+        files.save_map(path, keys, state, header)
 
     @classmethod
-    def restore(cls, path, checkpoint=None, device='cpu', half_life_sec=None):
+    def restore(
+        cls, path, checkpoint=None, device='cpu', half_life_sec=None, max_tiles=2048, store=None
+    ):
         """
-        Read a map; predictions are those of the map saved, bit for bit.
+        Read a map: tile by tile that which was saved, bit for bit.
 
         :param checkpoint: the model that folded it; None: the default.
         :raises CheckpointError: for a file that cannot be used.
         """
         model = _load_model(checkpoint, device)
-        content = files.load_state(path, model)
-        field = cls(model, content.normalization, half_life_sec)
-        field._state = content.state
+        keys, state, header = files.load_map(path, model)
+        field = cls(
+            model,
+            geometry(header['geometry']),
+            Normalization(**header['normalization']),
+            half_life_sec,
+            max_tiles,
+            store,
+        )
+        if field.num_tiles:
+            raise ConfigError(f'the store {store} holds a map already: restore into a new one')
+        with torch.inference_mode():
+            field.world.load(keys, state, header['num_observations'])
         return field
+
+    def _identity(self):
+        """Return what a file or a store must agree in, as plain values."""
+        return {
+            'weights_hash': self._weights_hash,
+            'geometry': json.loads(json.dumps(self.geometry.to_dict())),
+            'normalization': self.normalization.to_dict(),
+        }
 
     # Prediction ------------------------------------------------------------------------------
 
     def status(self, x) -> np.ndarray:
-        """Return OK, OUTSIDE or NOT_FINITE for each target, (n,) uint8."""
+        """
+        Return OK, OUTSIDE or NOT_FINITE for each target, (n,) uint8.
+
+        With tiles nothing that a robot can reach is outside.
+        """
         x = _as_matrix(x, self.model.config.dim_x, 'x')
-        status = np.where(self.normalization.contains(x), OK, OUTSIDE)
+        status = np.where(self._contains(x), OK, OUTSIDE)
         return np.where(np.isfinite(x).all(-1), status, NOT_FINITE).astype(np.uint8)
 
     def predict(self, x) -> tuple[np.ndarray, np.ndarray]:
@@ -200,41 +288,37 @@ class NeuralField:
             that is not finite NaN.
         :return: mean and stddev, (n, dim_y) each [field units].
         """
-        mean, stddev, _ = self._predict(x, joint=False)
+        x = _as_matrix(x, self.model.config.dim_x, 'x')
+        inside = self.status(x) == OK
+        mean, stddev = self._prior(x)
+        if inside.any():
+            with torch.inference_mode():
+                found = self.world.predict(self._tensor(x[inside]))
+            mean[inside] = self.normalization.value_from_model(_numpy(found[0]))
+            stddev[inside] = _numpy(found[1]) * self.normalization.value_scale
         return mean, stddev
 
     def predict_joint(self, x) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
-        Predict, with the covariance over all targets.
+        Predict, with the covariance over all targets: that of the fields of `sample`, and noise.
 
         :return: mean, stddev (n, dim_y), covariance (dim_y, n, n) [field units squared].
         """
-        return self._predict(x, joint=True)
-
-    @torch.inference_mode()
-    def _predict(self, x, joint):
         x = _as_matrix(x, self.model.config.dim_x, 'x')
-        status, dim_y = self.status(x), self.model.config.dim_y
-        mean, stddev = np.full((2, len(x), dim_y), np.nan)
-        outside, inside = status == OUTSIDE, np.flatnonzero(status == OK)
-        mean[outside], stddev[outside] = self._prior()
-        # Only what is asked for is encoded: a request without targets inside costs nothing.
-        if len(inside):
-            target = self._tensor(self.normalization.location_to_model(x[inside]))
-            p = self.model.predict(self._state, target, joint=joint)
-            mean[inside] = self.normalization.value_from_model(_numpy(p.mean[0]))
-            stddev[inside] = _numpy(p.stddev[0]) * self.normalization.value_scale
-        if not joint:
-            return mean, stddev, None
+        inside = np.flatnonzero(self.status(x) == OK)
+        mean, stddev = self._prior(x)
         covariance = np.stack([np.diag(column**2) for column in stddev.T])
         if len(inside):
-            scaled = _numpy(p.covariance[0]) * self.normalization.value_scale**2
-            covariance[:, inside[:, None], inside] = scaled
-        unknown = status == NOT_FINITE
+            scale = self.normalization.value_scale
+            with torch.inference_mode():
+                found = self.world.predict_joint(self._tensor(x[inside]))
+            mean[inside] = self.normalization.value_from_model(_numpy(found[0]))
+            stddev[inside] = _numpy(found[1]) * scale
+            covariance[:, inside[:, None], inside] = _numpy(found[2]) * scale**2
+        unknown = ~np.isfinite(mean[:, 0])
         covariance[:, unknown, :] = covariance[:, :, unknown] = np.nan
         return mean, stddev, covariance
 
-    @torch.inference_mode()
     def sample(self, x, num_samples: int, seed: int | None = None) -> np.ndarray:
         """
         Draw whole fields, without observation noise, and evaluate them at targets.
@@ -244,33 +328,31 @@ class NeuralField:
         :return: (num_samples, n, dim_y) [field units].
         :raises InputError: for a model without the least-squares memory.
         """
+        if self.model.config.least_squares is None:
+            raise InputError('this model has no least-squares memory, so no fields to sample')
         x = _as_matrix(x, self.model.config.dim_x, 'x')
-        status, dim_y = self.status(x), self.model.config.dim_y
-        generator = torch.Generator(self.model.encoder.latents.device)
-        generator.manual_seed(seed) if seed is not None else generator.seed()
-        samples = np.full((num_samples, len(x), dim_y), np.nan)
-        inside, outside = status == OK, status == OUTSIDE
-        target = self._tensor(self.normalization.location_to_model(x[inside]))
-        fields = self.model.sample_fields(self._state, target, num_samples, generator)
-        samples[:, inside] = self.normalization.value_from_model(_numpy(fields[:, 0]))
-        if outside.any():
-            mean, stddev = self._prior()
-            white = np.random.default_rng(seed).standard_normal(samples[:, outside].shape)
-            samples[:, outside] = mean + stddev * white
+        inside = self.status(x) == OK
+        generator = np.random.default_rng(seed)
+        seed = int(generator.integers(2**62))
+        mean, stddev = self._prior(x)
+        samples = mean + stddev * generator.standard_normal((num_samples, *mean.shape))
+        if inside.any():
+            with torch.inference_mode():
+                fields = self.world.sample(self._tensor(x[inside]), num_samples, seed)
+            samples[:, inside] = self.normalization.value_from_model(_numpy(fields))
         return samples
 
-    def _prior(self):
-        """Return mean and stddev (dim_y,) of the empty map, at its center [field units]."""
-        if not hasattr(self, '_prior_cache'):
-            center = torch.zeros(1, 1, self.model.config.dim_x, dtype=torch.float64)
-            device = self.model.encoder.latents.device
-            p = self.model.predict(self.model.init_state(1), center.to(device))
-            mean = self.normalization.value_from_model(_numpy(p.mean[0, 0]))
-            self._prior_cache = mean, _numpy(p.stddev[0, 0]) * self.normalization.value_scale
-        return self._prior_cache
+    def _prior(self, x):
+        """Return mean and stddev (n, dim_y) where nothing is known; NaN where x is not finite."""
+        known = np.isfinite(x).all(-1, keepdims=True) & np.ones(self.model.config.dim_y, bool)
+        n = self.normalization
+        return np.where(known, n.value_offset, np.nan), np.where(known, n.value_scale, np.nan)
+
+    def _contains(self, x):
+        return self.geometry.contains(torch.from_numpy(x)).numpy()
 
     def _tensor(self, array):
-        return torch.as_tensor(array, device=self.model.encoder.latents.device).unsqueeze(0)
+        return torch.as_tensor(array, device=self.model.encoder.latents.device)
 
 
 def _load_model(checkpoint, device):

@@ -90,27 +90,28 @@ class CMANPNode(LifecycleNode):
                 p.device,
                 p.value_offset,
                 p.value_scale,
+                tile_size=p.tile_size or None,
+                one_tile=p.one_tile,
+                max_tiles=p.max_tiles,
+                store=p.store or None,
             )
             self.field.predict(np.array([p.bounds_min]))  # the first answer is as fast as others
-            self._grid = None
-            if self.field.model.config.dim_x == 2:
-                self._grid = visualization.grid_targets(
-                    p.bounds_min, p.bounds_max, p.grid_resolution
-                )
         except CMANPError as error:
             self.get_logger().error(f'cannot configure: {error}')
             return TransitionCallbackReturn.FAILURE
         self._points, self._messages = Counters(), Counters()
         self._newest_stamp = 0  # [ns] of the observations folded
         self._paused, self._last_warning, self._num_resets = False, {}, 0
-        self._published, self._publishing = None, None
+        self._published, self._publishing, self._flushing = None, None, None
+        self._newest_x = np.add(p.bounds_min, p.bounds_max) / 2  # [m] of the observations folded
         self._transforms = TransformListener(self, p.tf_timeout)
         self._worker = Worker(self._fold, p.queue_size)
         self._worker.start()
         self._open_outputs()
         self.get_logger().info(
-            f"configured: checkpoint '{p.checkpoint}' on {p.device}, workspace {p.bounds_min} to "
-            f"{p.bounds_max} m in '{p.map_frame}', state of {self.field.state_nbytes} bytes"
+            f"configured: checkpoint '{p.checkpoint}' on {p.device}, "
+            f"{self.field.geometry} in '{p.map_frame}', {self.field.num_tiles} tiles known, "
+            f'{self.field.tile_nbytes} bytes each'
         )
         return TransitionCallbackReturn.SUCCESS
 
@@ -144,6 +145,9 @@ class CMANPNode(LifecycleNode):
             if rate > 0:
                 timer = self.create_timer(1 / rate, callback, clock=steady)
                 self._inputs.append((self.destroy_timer, timer))
+        if self.parameters.store:
+            timer = self.create_timer(self.parameters.store_period, self._flush, clock=steady)
+            self._inputs.append((self.destroy_timer, timer))
         self.get_logger().info('active: waiting for observations')
         return super().on_activate(state)
 
@@ -159,6 +163,7 @@ class CMANPNode(LifecycleNode):
         if self._worker is not None:
             self._worker.stop()
             self._transforms.close()
+            self.field.close()
         self.field = self._worker = self._transforms = None
         self._grid_outputs.clear()
         return TransitionCallbackReturn.SUCCESS
@@ -179,7 +184,7 @@ class CMANPNode(LifecycleNode):
         self._prediction = publisher(Prediction, '~/prediction', plain)
         self._status = publisher(DiagnosticStatus, '~/status', latched)
         self._diagnostics = publisher(DiagnosticArray, '/diagnostics', plain)
-        if self._grid is not None:
+        if self.field.model.config.dim_x == 2:
             self._grid_outputs = {
                 'field': publisher(PointCloud2, '~/field', latched),
                 'mean': publisher(OccupancyGrid, '~/mean', latched),
@@ -253,6 +258,7 @@ class CMANPNode(LifecycleNode):
                 if observed.folded:
                     stamp = conversions.nanoseconds_from_stamp(batch.header.stamp)
                     self._newest_stamp = max(self._newest_stamp, stamp)
+                    self._newest_x = x[chunk][-1]
                 yield
             self._messages.fold()
         except TransformError as error:
@@ -406,6 +412,12 @@ class CMANPNode(LifecycleNode):
         response.message = 'paused: observations are rejected' if request.data else 'folding'
         return response
 
+    def _flush(self):
+        """Write what changed to the store, unless the last time is still under way."""
+        if self._flushing is None or self._flushing.done():
+            self._flushing = self._worker.ask(self.field.flush)
+            self._flushing.add_done_callback(self._report_fault)
+
     # Outputs ---------------------------------------------------------------------------------
 
     def _publish_grid(self):
@@ -413,7 +425,7 @@ class CMANPNode(LifecycleNode):
         wanted = [
             name for name, output in self._grid_outputs.items() if output.get_subscription_count()
         ]
-        version = (self.field.state, tuple(wanted))
+        version = (self.field.version, tuple(wanted))
         is_busy = self._publishing is not None and not self._publishing.done()
         if not wanted or is_busy or version == self._published:
             return
@@ -426,7 +438,8 @@ class CMANPNode(LifecycleNode):
             self._warn('internal_error', f'no answer and no grid: {error!r}')
 
     def _publish_grid_on(self, names):
-        p, grid = self.parameters, self._grid
+        p = self.parameters
+        grid = visualization.grid_targets(*self._window(), p.grid_resolution)
         mean, stddev = (value[:, 0] for value in self.field.predict(grid.targets))
         header = self._header()
         make = {
@@ -440,11 +453,24 @@ class CMANPNode(LifecycleNode):
         for name in names:
             self._grid_outputs[name].publish(make[name]())
 
+    def _window(self):
+        """Return lower and upper corner [m] of the published grid."""
+        p = self.parameters
+        if not p.grid_window:
+            return p.bounds_min, p.bounds_max
+        # Cells stay where they are while the window moves.
+        lower = np.round((self._newest_x - p.grid_window / 2) / p.grid_resolution)
+        lower = lower * p.grid_resolution
+        return lower, lower + p.grid_window
+
     def _publish_status(self):
         points, messages = self._points.snapshot(), self._messages.snapshot()
         level, text = DiagnosticStatus.OK, 'folding observations'
         if self._paused:
             level, text = DiagnosticStatus.WARN, 'paused: observations are rejected'
+        elif self.field.num_tiles_dropped:
+            level = DiagnosticStatus.WARN
+            text = 'parts of the map were dropped: max_tiles are in memory and store is not set'
         elif points.folded == 0 and messages.received == 0:
             text = "no observations yet on 'points' and 'observations'"
         elif points.folded == 0:
@@ -453,6 +479,10 @@ class CMANPNode(LifecycleNode):
                 text = f'nothing folded yet: points left out {dict(points.rejected)}'
         values = {
             'state_bytes': self.field.state_nbytes,
+            'tile_bytes': self.field.tile_nbytes,
+            'tiles': self.field.num_tiles,
+            'tiles_in_memory': self.field.num_tiles_in_memory,
+            'tiles_dropped': self.field.num_tiles_dropped,
             'observations_folded': self.field.num_observations,
             **points.values('points_'),
             **messages.values('messages_'),

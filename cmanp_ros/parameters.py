@@ -48,6 +48,36 @@ class NodeParameters:
     bounds_max: tuple[float, ...] = _parameter(
         (25.0, 25.0), 'Upper corner of the workspace in the map frame, one number per axis.', 'm'
     )
+    tile_size: float = _parameter(
+        0.0,
+        'Spacing of the finest tiles; `cmanp evaluate tile-size` proposes one from recorded '
+        'observations. 0: a tenth of the longest side of the bounds.',
+        'm',
+        0.0,
+        1e9,
+    )
+    one_tile: bool = _parameter(
+        False, 'Use a single tile over the bounds, as in the paper, which are a border then.'
+    )
+    max_tiles: int = _parameter(
+        2048,
+        'Tiles kept in memory; beyond it the least recently used go to the store.',
+        'tiles',
+        128,
+        10000000,
+    )
+    store: str = _parameter(
+        '',
+        'File that takes the tiles that do not fit in memory, and is read again at the next '
+        'start; empty: they are dropped and counted.',
+    )
+    store_period: float = _parameter(
+        30.0,
+        'How often what changed is written to the store: the most that a crash may cost.',
+        's',
+        0.1,
+        86400.0,
+    )
     value_field: str = _parameter('z', 'Field of the clouds on points that holds the value.')
     value_offset: float = _parameter(
         0.0,
@@ -91,6 +121,13 @@ class NodeParameters:
     max_samples: int = _parameter(100, 'Most sampled fields of one request.', 'samples', 0, 10000)
     grid_resolution: float = _parameter(
         0.5, 'Size of a cell of the published grid.', 'm/cell', 1e-4, 1e6
+    )
+    grid_window: float = _parameter(
+        0.0,
+        'Side of the published grid, centered on the newest observation; 0: the bounds.',
+        'm',
+        0.0,
+        1e9,
     )
     publish_rate: float = _parameter(
         1.0,
@@ -152,7 +189,8 @@ class ParameterSpec:
         """
         if self.kind == 'bool' and isinstance(value, bool):
             return value
-        if self.kind == 'string' and isinstance(value, str) and value.strip():
+        may_be_empty = not self.default
+        if self.kind == 'string' and isinstance(value, str) and (value.strip() or may_be_empty):
             return value
         if self.kind == 'int' and _is_number(value, numbers.Integral) and self._in_range(value):
             return int(value)
@@ -321,14 +359,14 @@ def _check_grid(parameters: NodeParameters) -> None:
     if len(parameters.bounds_min) != 2:
         return  # only fields over a plane are published as a grid
     corners = zip(parameters.bounds_min, parameters.bounds_max, strict=True)
-    extents = [high - low for low, high in corners]
+    extents = [parameters.grid_window or high - low for low, high in corners]
     num_cells = math.prod(
         max(1, math.ceil(min(extent / parameters.grid_resolution, 1e18) - 1e-6))
         for extent in extents
     )
     if num_cells > parameters.max_targets:
         raise ConfigError(
-            f'grid_resolution {parameters.grid_resolution} m/cell cuts bounds of {extents[0]} x '
+            f'grid_resolution {parameters.grid_resolution} m/cell cuts {extents[0]} x '
             f'{extents[1]} m into {num_cells:.3g} cells; expected at most max_targets = '
             f'{parameters.max_targets}: use larger cells'
         )

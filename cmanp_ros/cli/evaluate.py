@@ -1,73 +1,170 @@
-"""`cmanp evaluate`: held-out scores of a model beside least squares alone and an exact GP."""
+"""`cmanp evaluate`: accuracy beside what others would use, and a tile size for recorded data."""
 
 import argparse
+from pathlib import Path
 
+import numpy as np
 import torch
 
-from cmanp_ros.checkpoint import load_model, read_extra, save_model
-from cmanp_ros.core.metrics import mean_and_error
-from cmanp_ros.training.evaluation import field_scores
+from cmanp_ros.core.errors import InputError
+
+STUDIES = {
+    'terrain': 'windows of real terrain, beside an exact GP and linear interpolation',
+    'robust': 'fields on which the assumptions of a GP fail, beside an exact GP',
+    'tracks': '82,970 ship soundings in their order, each predicted before it is folded',
+    'seams': 'jumps of the prediction where tiles end, and a picture',
+    'tile-size': 'propose a tile size from recorded observations (CSV: x, y, value)',
+}
+SHOWN = ('num_context', 'noise', 'kind', 'method', 'rmse', 'log_likelihood', 'coverage_90')
 
 
 def main(arguments) -> int:
     """Print a table, and write it as JSON if asked for."""
     parser = argparse.ArgumentParser(prog='cmanp evaluate', description=__doc__)
-    parser.add_argument('--checkpoint', default='field', help='file or name of a shipped model')
-    parser.add_argument('--num-context', type=int, nargs='+', default=[32, 128, 256, 1024])
-    parser.add_argument('--num-tasks', type=int, default=200, help='tasks for each size')
-    parser.add_argument('--seed', type=int, default=123)
-    parser.add_argument('--threads', type=int, default=2)
-    parser.add_argument(
-        '--record', metavar='FILE', help='also write the model with these scores in its header'
-    )
+    commands = parser.add_subparsers(dest='study', required=True)
+    for name, text in STUDIES.items():
+        _add_options(commands.add_parser(name, help=text, description=text), name)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    study = {
+        'terrain': _terrain,
+        'robust': _robust,
+        'tracks': _tracks,
+        'seams': _seams,
+        'tile-size': _tile_size,
+    }
+    return study[options.study](options)
 
-    model = load_model(options.checkpoint)
-    print(
-        f'field prior, {options.num_tasks} held-out tasks for each size, seed {options.seed}; '
-        'mean and standard error.\ngap: log-likelihood below the exact GP that knows the '
-        'hyperparameters, same tasks.'
+
+def _add_options(parser, study):
+    parser.add_argument('--checkpoint', default='field', help='file or name of a shipped model')
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--seed', type=int, default=0)
+    if study == 'tile-size':
+        parser.add_argument('file', help='CSV with the columns x, y [m] and value')
+        return
+    if study == 'seams':
+        parser.add_argument('--picture', default='build/seams.png')
+        return
+    parser.add_argument('--json', metavar='FILE', help='also write the rows here')
+    parser.add_argument(
+        '--cache', default='build/evaluation', help='folder for predictions of slow peers'
     )
-    print(
-        f'{"N":>5}  {"method":<14}{"log-likelihood":>17}{"gap":>15}{"RMSE":>16}{"90 % covers":>13}'
+    if study == 'tracks':
+        parser.add_argument('--tile-size', type=float, default=30.0, help='[km]')
+        parser.add_argument('--limit', type=int, help='only so many soundings')
+        return
+    parser.add_argument('--tile-size', type=float, default=0.4, help='the window spans 4')
+    parser.add_argument('--attention', help='a model without least squares, to stand beside')
+    parser.add_argument('--num-tasks', type=int, default=30, help='for each setting')
+    contexts = [64, 256, 1024] if study == 'terrain' else [64, 256]
+    parser.add_argument('--num-context', type=int, nargs='+', default=contexts)
+    if study == 'terrain':
+        parser.add_argument('--noise', type=float, nargs='+', default=[0.0, 0.02, 0.1, 0.3])
+
+
+def _terrain(options):
+    from cmanp_ros.evaluation import ours, peers, studies
+
+    methods = ours.for_windows(options.checkpoint, options.tile_size, options.attention)
+    rows = studies.terrain(
+        methods | peers.for_windows(),
+        options.num_tasks,
+        options.num_context,
+        options.noise,
+        options.seed,
+        options.cache,
     )
+    return _show(rows, options)
+
+
+def _robust(options):
+    from cmanp_ros.evaluation import ours, peers, studies
+
+    methods = ours.for_windows(options.checkpoint, options.tile_size, options.attention)
+    rows = studies.robust(
+        methods | peers.for_windows(),
+        options.num_tasks,
+        options.num_context,
+        seed=options.seed,
+        cache_dir=options.cache,
+    )
+    return _show(rows, options)
+
+
+def _tracks(options):
+    from cmanp_ros.evaluation import ours, peers, studies, tracks
+
+    x, y = tracks.soundings()
+    # What a user knows of a sea: depths of some kilometers.
+    known = {'tile_size': options.tile_size, 'value_offset': -2.0}
+    others = peers.for_stream(x, y)
+    rows = studies.tracks(
+        {
+            'cmanp tiles': ours.stream(options.checkpoint, **known),
+            'least squares alone': ours.stream(options.checkpoint, corrected=False, **known),
+            **others,
+        },
+        limit=options.limit,
+        cache_dir=options.cache,
+        cached=tuple(others),
+    )
+    return _show(rows, options)
+
+
+def _seams(options):
+    from cmanp_ros.checkpoint import load_model
+    from cmanp_ros.evaluation import scores, seams
+
     rows = []
-    for scores in field_scores(model, options.num_context, options.num_tasks, seed=options.seed):
-        if scores.method == 'gp':
-            reference = scores.log_likelihood
-        columns = {
-            'log_likelihood': mean_and_error(scores.log_likelihood),
-            'gap': mean_and_error(reference - scores.log_likelihood),
-            'rmse': mean_and_error(scores.rmse),
-            'coverage_90': mean_and_error(scores.coverage),
-        }
-        rows.append({'num_context': scores.num_context, 'method': scores.method, **columns})
-        shown = [f'{mean:.3f} ± {error:.3f}' for mean, error in columns.values()]
-        print(
-            f'{scores.num_context:>5}  {scores.method:<14}{shown[0]:>17}{shown[1]:>15}'
-            f'{shown[2]:>16}{columns["coverage_90"][0]:>13.3f}',
-            flush=True,
-        )
-    if options.record:
-        extra = read_extra(options.checkpoint)
-        settings = {'num_tasks': options.num_tasks, 'seed': options.seed, 'rows': rows}
-        print(f'written: {save_model(model, options.record, extra | {"scores": settings})}')
+    for number, (kind, field) in enumerate(
+        seams.fields(load_model(options.checkpoint), 5, 1024, options.seed)
+    ):
+        rows.append({'field': kind, **seams.seams(field, -1.9, 1.9)._asdict()})
+        if number == 0:
+            seams.draw(field, options.picture)
+    print('jumps at borders: the largest, and the mean of all')
+    print(scores.terminal_table([{k: _pair(v) for k, v in row.items()} for row in rows]))
+    print(f'picture: {options.picture}')
     return 0
 
 
-def markdown_table(scores) -> str:
-    """
-    Render recorded scores for the README.
+def _shown(row):
+    """Return what fits on a line, in columns of one width."""
+    shown = {k: row[k] for k in SHOWN if k in row}
+    return shown | {'method': f'{row["method"]:<22}'}
 
-    :param scores: 'scores' of `read_extra`.
-    """
-    lines = ['| observations | this model | least squares alone | 90 % intervals cover |']
-    lines.append('|---|---|---|---|')
-    sizes = dict.fromkeys(row['num_context'] for row in scores['rows'])
-    for size in sizes:
-        rows = {r['method']: r for r in scores['rows'] if r['num_context'] == size}
-        gaps = ['{:.3f} ± {:.3f}'.format(*rows[m]['gap']) for m in ('model', 'least squares')]
-        covered = '{:.3f} ± {:.3f}'.format(*rows['model']['coverage_90'])
-        lines.append(f'| {size} | {gaps[0]} | {gaps[1]} | {covered} |')
-    return '\n'.join(lines)
+
+def _pair(value):
+    return f'{value[0]:.1e} {value[1]:.1e}' if isinstance(value, tuple) else str(value)
+
+
+def _tile_size(options):
+    from cmanp_ros.evaluation import ours, scores, tile_size
+
+    try:
+        table = np.loadtxt(options.file, delimiter=',', skiprows=1, ndmin=2)
+    except (OSError, ValueError) as error:
+        raise InputError(f'{options.file}: {error}; expected a CSV of x, y, value') from error
+    if table.shape[1] != 3:
+        raise InputError(f'{options.file} has {table.shape[1]} columns, expected x, y, value')
+    x, y = table[:, :2], table[:, 2]
+    make = ours.stream(options.checkpoint, 1.0, float(y.mean()), float(y.std()) or 1.0)
+    found = tile_size.propose(x, y, make, seed=options.seed)
+    print(scores.terminal_table(found.rows))
+    print(f'tile_size: {found.tile_size:g}')
+    return 0
+
+
+def _show(rows, options):
+    from cmanp_ros.evaluation import scores
+
+    found = []
+    for row in rows:
+        found.append(row)
+        head, values = scores.terminal_table([_shown(row)]).splitlines()
+        print(*([head] if len(found) == 1 else []), values, sep='\n', flush=True)
+    if options.json:
+        Path(options.json).write_text(scores.to_json(found), encoding='utf-8')
+        print(f'written: {options.json}')
+    return 0

@@ -25,8 +25,12 @@ def main(arguments) -> int:
             default=None if required else field.default,
         )
     parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument(
+        '--attention-only', action='store_true', help='without the least-squares memory'
+    )
     options = vars(parser.parse_args(arguments))
     torch.set_num_threads(options.pop('threads'))
+    bare = options.pop('attention_only')
 
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
@@ -49,6 +53,7 @@ def main(arguments) -> int:
             )
         return bool(stopping)
 
-    path = train(CMANPConfig.field(2, 1), config, on_step)
+    model_config = CMANPConfig.field(2, 1, **({'least_squares': None} if bare else {}))
+    path = train(model_config, config, on_step)
     print(f'stopped; start again to go on: {path}' if stopping else f'trained: {path}')
     return 0

@@ -12,10 +12,13 @@ _PUBLIC = {
     'CMANP': 'model',
     'CMANPConfig': 'config',
     'CMANPError': 'errors',
+    'Lattice': 'lattice',
     'LeastSquaresConfig': 'config',
     'Normalization': 'normalization',
+    'OneTile': 'lattice',
     'PredictiveDistribution': 'predictive',
     'State': 'state',
+    'World': 'world',
     'forget': 'state',
     'merge': 'state',
 }

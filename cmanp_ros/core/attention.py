@@ -8,7 +8,7 @@ normalizer and its average value (Feng et al. 2023, section 4.1; design of the o
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -27,15 +27,20 @@ def sums(
     query: Float[Tensor, 'block head query dim_head'],
     key: Float[Tensor, 'batch block head n dim_head'],
     value: Float[Tensor, 'batch block head n dim_head'],
+    mask: Bool[Tensor, 'batch n'] | None = None,
 ) -> AttentionSums:
     """
     Return the sums of one chunk of points: scores in the precision given, sums in float64.
 
     :param query: already divided by the square root of dim_head.
+    :param mask: which points are there; None: all.
     """
     scores = query @ key.mT  # (batch, block, head, query, n)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None, None], -torch.inf)
     logsumexp = scores.logsumexp(-1)
-    weights = (scores - logsumexp.unsqueeze(-1)).exp()
+    finite = torch.where(logsumexp == -torch.inf, 0.0, logsumexp)  # no point at all
+    weights = (scores - finite.unsqueeze(-1)).exp()
     return AttentionSums(logsumexp.double(), (weights @ value).double())
 
 

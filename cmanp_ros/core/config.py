@@ -1,7 +1,7 @@
 """One frozen, validated description of a model; it travels inside the checkpoint."""
 
 from dataclasses import asdict, dataclass, fields
-from math import inf, isfinite
+from math import isfinite
 
 from cmanp_ros.core.errors import ConfigError
 
@@ -16,23 +16,27 @@ class LeastSquaresConfig:
     encoded, never into the state. Amplitude is integrated out under an inverse-gamma prior.
     """
 
-    functions_per_axis: int = 16
-    box_half_width: float = 2.5
+    functions_per_axis: int = 10
+    box_half_width: float = 2.8
     """Half width [model units] of the box whose Laplacian eigenfunctions are the basis."""
-    smoothnesses: tuple[float, ...] = (1.5, 2.5, inf)
+    smoothnesses: tuple[float, ...] = (1.5, 2.5)
     """Matern smoothnesses; inf is the RBF kernel."""
-    lengths: tuple[float, ...] = (0.2, 0.34, 0.58, 1.0, 1.7)
-    noise_ratios: tuple[float, ...] = (0.015, 0.05, 0.14, 0.4)
-    amplitude_shape: float = 2.0
-    amplitude_scale: float = 0.9
-    """Shape and scale of the inverse-gamma prior of the squared amplitude [model units^2]."""
-    offset_variance: float = 0.5
-    """Prior variance of the constant, relative to the squared amplitude."""
-    slope_variance: float = 0.02
+    lengths: tuple[float, ...] = (0.25, 0.45, 0.8, 1.4, 2.6)
+    noise_ratios: tuple[float, ...] = (0.01, 0.04, 0.2, 1.0)
+    amplitude_shape: float = 3.0
+    amplitude_scale: float = 0.6
+    """
+    Shape and scale of the inverse-gamma prior of the squared amplitude [model units^2]; in a
+    world the scale of a tile follows from the coarsest tiles above it.
+    """
+    offset_variance: float = 4.0
+    """Prior variance of the constant about the mean of a tile's values, relative to the squared
+    amplitude."""
+    slope_variance: float = 0.05
     """The same for the linear functions: narrow, or half-seen maps extrapolate wildly."""
-    voxels_per_axis: int = 24
+    voxels_per_axis: int = 15
     """Resolution of the map of where points lay, over [-2, 2]: about that of the basis."""
-    points_per_voxel: float = 2.5
+    points_per_voxel: float = 1.0
     """Points of a voxel that count in full; see `least_squares.solve`."""
 
     def __post_init__(self):
@@ -77,6 +81,10 @@ class CMANPConfig:
     chunk_size: int = 1024
     """Points folded at once (b_C of the paper): bounds memory, never the result."""
     least_squares: LeastSquaresConfig | None = None
+    num_levels: int = 1
+    """Levels of tiles that predict together; 1 in the `paper` preset."""
+    level_factor: int = 3
+    """How many times larger the tiles of each level are than those of the one before."""
 
     def __post_init__(self):
         _require_counts(self)
@@ -94,6 +102,7 @@ class CMANPConfig:
                 f'a multiple of 2 * num_heads = {2 * self.num_heads}: cosines and sines',
             )
         _require(self.embedder_depth >= 2, 'embedder_depth', self.embedder_depth, 'at least 2')
+        _require(self.level_factor >= 2, 'level_factor', self.level_factor, 'at least 2')
 
     @classmethod
     def paper(cls, dim_x, dim_y, **overrides):
@@ -107,14 +116,17 @@ class CMANPConfig:
         """
         Return the default of robots: attention sums beside least squares on basis functions.
         """
-        per_axis = {1: 64, 2: 16}.get(dim_x, 7)
+        per_axis = {1: 12, 2: 10}.get(dim_x, 5)
         voxels = round(1.5 * per_axis)  # fields finer than the basis are correlated within one
         defaults = {
-            'num_latents': 49,
-            'num_latents_per_block': 49,
-            'num_blocks': 4,
+            'num_latents': 25,
+            'num_latents_per_block': 25,
+            'dim_model': 48,
+            'dim_feedforward': 96,
+            'num_blocks': 2,
             'inducing_points': True,
             'least_squares': LeastSquaresConfig(per_axis, voxels_per_axis=voxels),
+            'num_levels': 3,
         }
         return cls(dim_x=dim_x, dim_y=dim_y, **{**defaults, **overrides})
 

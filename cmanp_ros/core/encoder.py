@@ -6,7 +6,7 @@ fold the same tokens at once, and everything after it runs when somebody asks fo
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,9 +47,15 @@ class Encoder(nn.Module):
         heads, device = self.num_heads, self.latents.device
         return attention.empty(batch, blocks, heads, queries, dim // heads, device)
 
-    def fold(self, tokens: Float[Tensor, 'batch n dim_model']) -> AttentionSums:
+    def fold(
+        self,
+        tokens: Float[Tensor, 'batch n dim_model'],
+        mask: Bool[Tensor, 'batch n'] | None = None,
+    ) -> AttentionSums:
         """
         Return the sums of these tokens in every block: step 1 of all CMABs at once.
+
+        :param mask: which tokens are there; None: all.
         """
         gather, blocks = self.gather, len(self.block_latents)
         query = split_heads(gather.to_q(gather.norm(self.block_latents)), self.num_heads)
@@ -61,7 +67,7 @@ class Encoder(nn.Module):
         projected = F.linear(F.layer_norm(tokens, tokens.shape[-1:]), scaled, shift)
         projected = projected.unflatten(-1, (blocks, 2, self.num_heads, -1))
         key, value = projected.permute(3, 0, 2, 4, 1, 5)  # (batch, block, head, n, dim_head)
-        return attention.sums(query, key, value)
+        return attention.sums(query, key, value, mask)
 
     def forward(self, sums: AttentionSums) -> list[Tensor]:
         """

@@ -34,11 +34,12 @@ class FourierFeatures(nn.Module):
 
 def value_features(y: Tensor) -> Tensor:
     """
-    Return bounded features of a value at many scales, (..., dim_y) to (..., 21 * dim_y).
+    Return bounded features of a value at many scales, (..., dim_y) to (..., 25 * dim_y).
 
-    Averages of sines and cosines are robust to outliers, and fine ones see small relief.
+    Averages of sines and cosines are robust to outliers, and fine ones see small relief: the
+    rates, a factor of two apart, reach from half a period over [-6, 6] to relief of a thousandth.
     """
-    rates = torch.logspace(0, 1, 10, base=50.0, dtype=y.dtype, device=y.device)
+    rates = 2.0 ** torch.arange(-1, 11, dtype=y.dtype, device=y.device)
     phase = (y.unsqueeze(-1) * rates).flatten(-2)
     return torch.cat([4 * torch.tanh(y / 4), phase.sin(), phase.cos()], -1)
 

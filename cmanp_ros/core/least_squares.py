@@ -119,23 +119,29 @@ def prior_variances(config: LeastSquaresConfig, dim_x: int) -> Tensor:
     return torch.stack(rows)
 
 
-def sums(config: LeastSquaresConfig, x: Tensor, y: Tensor) -> LeastSquaresSums:
+def sums(
+    config: LeastSquaresConfig, x: Tensor, y: Tensor, mask: Tensor | None = None
+) -> LeastSquaresSums:
     """
     Return the sums of one chunk of points.
 
     :param x: (batch, n, dim_x) in model units.
     :param y: (batch, n, dim_y).
+    :param mask: (batch, n) bool: which points are there; None: all.
     """
     phi, y = basis(config, x), y.double()
+    present = torch.ones_like(y[..., 0]) if mask is None else mask.to(y.dtype)
+    if mask is not None:
+        phi, y = phi * present.unsqueeze(-1), y * present.unsqueeze(-1)
     gram = phi.mT @ phi  # (batch, num_functions, num_functions)
-    batch, n, dim_x = x.shape
+    batch, _, dim_x = x.shape
     voxels = torch.zeros(batch, config.voxels_per_axis**dim_x, dtype=y.dtype, device=x.device)
-    voxels = voxels.scatter_add(1, _voxel(config, x), torch.ones_like(y[..., 0]))
+    voxels = voxels.scatter_add(1, _voxel(config, x), present)
     return LeastSquaresSums(
         gram=pack(gram),
         moment=phi.mT @ y,
         sum_squares=y.square().sum(1),
-        count=torch.full((batch,), float(n), dtype=torch.float64, device=x.device),
+        count=present.sum(1),
         voxel_count=voxels,
         voxel_freshness=(voxels > 0).to(y.dtype),
     )
@@ -211,41 +217,109 @@ NUM_SUMMARIES = 8
 FAR_MORE = 8.0  # times the median number of points in a voxel
 
 
-def solve(
-    config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums, num_kept: int = 8
-) -> Regression:
+class Evidence(NamedTuple):
     """
-    Solve the regression for every hyperparameter of the grid and average by evidence.
+    What the sums alone say about every setting of the hyperparameters; float64.
+    """
 
-    Conjugate normal-inverse-gamma model (Bishop 2006, 3.3, with the amplitude integrated out):
-    w ~ N(0, a^2 S), y ~ N(phi w, a^2 r^2), a^2 ~ InvGamma(shape, scale). The sums are scaled by
-    `_honesty` before.
+    residual: Tensor
+    """(batch, settings, dim_y): half the squares left unexplained, over squared noise."""
+    log_determinant: Tensor
+    """(batch, settings)."""
+    count: Tensor
+    """(batch,): points that count as independent."""
+
+
+def num_settings(config: LeastSquaresConfig) -> int:
+    """
+    Return the number of hyperparameter settings: smoothness x length x noise ratio.
+    """
+    return len(config.smoothnesses) * len(config.lengths) * len(config.noise_ratios)
+
+
+def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums) -> Evidence:
+    """
+    Solve the regression for every setting; the amplitude is left open.
+
+    Conjugate normal-inverse-gamma model (Bishop 2006, 3.3): w ~ N(0, a^2 S),
+    y ~ N(phi w, a^2 r^2), a^2 ~ InvGamma(shape, scale). The sums are scaled by `_honesty` before.
 
     :param variances: (num_kernels, num_functions) of `prior_variances`.
-    :param num_kept: settings of most evidence that are kept of the average.
-    :return: posterior of the weights; `summary` holds the posterior means of log length, log
-        noise ratio, 1 / smoothness, their spread, log amplitude, log(1 + effective count),
-        and log(effective count / count).
     """
-    honesty = _honesty(config, a)  # (batch,)
-    count = a.count * honesty
-    gram = unpack(a.gram) * honesty[:, None, None]
-    moment = a.moment * honesty[:, None, None]
-    sum_squares = a.sum_squares * honesty[:, None]
-    shape = config.amplitude_shape + count / 2  # (batch,)
+    gram, moment, sum_squares, count, _ = _honest_sums(config, a)
     scales = variances.to(gram.device).sqrt()  # (kernels, functions)
     noises = torch.tensor(config.noise_ratios, dtype=torch.float64, device=gram.device).square()
-
-    log_evidence, beta = [], []
+    residual, log_determinant = [], []
+    buffer = torch.empty_like(gram)
     for scale in scales:  # a loop keeps the matrices in the cache
-        factor, half = _factorize(gram.unsqueeze(1), moment.unsqueeze(1), scale, noises)
-        residual = sum_squares.unsqueeze(1) / noises.unsqueeze(-1) - half.square().sum(-2)
-        beta.append(config.amplitude_scale + residual.clamp(min=0) / 2)  # (batch, noises, dim_y)
-        log_determinant = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        log_determinant = log_determinant + count.unsqueeze(-1) / 2 * noises.log()
-        log_evidence.append(-shape[:, None, None] * beta[-1].log() - log_determinant.unsqueeze(-1))
-    weight = torch.cat(log_evidence, 1).softmax(1)  # (batch, settings, dim_y)
-    amplitude2 = torch.cat(beta, 1) / (shape[:, None, None] - 1)
+        whitened = gram * (scale.unsqueeze(-1) * scale)
+        rhs = moment * scale.unsqueeze(-1)
+        for noise2 in noises:
+            torch.div(whitened, noise2, out=buffer)
+            buffer.diagonal(dim1=-2, dim2=-1).add_(1)
+            factor = torch.linalg.cholesky(buffer)
+            half = torch.linalg.solve_triangular(factor, rhs / noise2, upper=False)
+            left = sum_squares / noise2 - half.square().sum(-2)
+            residual.append(left.clamp(min=0) / 2)
+            log = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            log_determinant.append(log + count / 2 * noise2.log())
+    return Evidence(torch.stack(residual, 1), torch.stack(log_determinant, 1), count)
+
+
+def default_scale(config: LeastSquaresConfig, batch: int, dim_y: int, device=None) -> Tensor:
+    """
+    Return the prior scale of the squared amplitude that the configuration gives, (batch, dim_y).
+    """
+    return torch.full((batch, dim_y), config.amplitude_scale, dtype=torch.float64, device=device)
+
+
+def log_evidence(config: LeastSquaresConfig, e: Evidence, scale: Tensor) -> Tensor:
+    """
+    Return the log evidence of every setting, amplitude integrated out, (batch, settings, dim_y).
+
+    :param scale: (batch, dim_y) of the amplitude's inverse-gamma prior.
+    """
+    shape = (config.amplitude_shape + e.count / 2)[:, None, None]
+    return -shape * (scale.unsqueeze(1) + e.residual).log() - e.log_determinant.unsqueeze(-1)
+
+
+def amplitude(config: LeastSquaresConfig, e: Evidence, scale: Tensor, weight: Tensor) -> Tensor:
+    """
+    Return the posterior mean of the squared amplitude, (batch, dim_y).
+
+    :param weight: (batch, settings, dim_y), of the settings.
+    """
+    return (weight * _amplitudes(config, e, scale)).sum(1)
+
+
+def _amplitudes(config, e, scale):
+    shape = (config.amplitude_shape + e.count / 2)[:, None, None]
+    return (scale.unsqueeze(1) + e.residual) / (shape - 1)
+
+
+def posterior(
+    config: LeastSquaresConfig,
+    variances: Tensor,
+    a: LeastSquaresSums,
+    e: Evidence,
+    scale: Tensor,
+    log_weight: Tensor,
+    num_kept: int = 6,
+) -> Regression:
+    """
+    Average the regression over settings, in two exact moments of the weights.
+
+    :param log_weight: (batch, settings, dim_y): log evidence, shared among tiles or not.
+    :param num_kept: settings of most weight that are kept of the average.
+    :return: posterior of the weights; `summary` holds the posterior means of log length, log
+        noise ratio, 1 / smoothness, the spread of the first two, log amplitude over its prior,
+        log(1 + effective count), and log(effective count / count).
+    """
+    gram, moment, _, count, center = _honest_sums(config, a)
+    scales = variances.to(gram.device).sqrt()
+    noises = torch.tensor(config.noise_ratios, dtype=torch.float64, device=gram.device).square()
+    weight = log_weight.softmax(1)  # (batch, settings, dim_y)
+    amplitude2 = _amplitudes(config, e, scale)
 
     kept = weight.sum(-1).topk(min(num_kept, weight.shape[1]), dim=1).indices
     total = weight.gather(1, kept.unsqueeze(-1).expand(-1, -1, weight.shape[-1])).sum(1)
@@ -254,11 +328,11 @@ def solve(
     rows = torch.arange(len(kept), device=kept.device)
     for index in kept.T:  # each (batch,): another setting for each tile
         share = weight[rows, index] / total  # (batch, dim_y)
-        scale = scales[torch.div(index, len(noises), rounding_mode='floor')]
+        prior = scales[torch.div(index, len(noises), rounding_mode='floor')]
         noise2 = noises[index % len(noises)]
-        factor, half = _factorize(gram, moment, scale, noise2)
-        w = torch.linalg.solve_triangular(factor.mT, half, upper=True) * scale.unsqueeze(-1)
-        inverse = torch.cholesky_inverse(factor) * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+        factor, half = _factorize(gram, moment, prior, noise2)
+        w = torch.linalg.solve_triangular(factor.mT, half, upper=True) * prior.unsqueeze(-1)
+        inverse = torch.cholesky_inverse(factor) * prior.unsqueeze(-1) * prior.unsqueeze(-2)
         scaled = share * amplitude2[rows, index]  # (batch, dim_y)
         mean = mean + share.unsqueeze(1) * w
         covariance = covariance + scaled[..., None, None] * inverse.unsqueeze(1)
@@ -268,21 +342,65 @@ def solve(
         spread = ((w - mean) * share.sqrt().unsqueeze(1)).mT  # (batch, dim_y, functions)
         covariance = covariance + spread.unsqueeze(-1) * spread.unsqueeze(-2)
 
+    mean[:, _constant(config, mean.shape[1])] += center
+
     grid = _grid(config).to(gram.device)  # (settings, 3)
     moments = torch.einsum('bso,sp->bop', weight, torch.cat([grid, grid.square()], -1))
     center, square = moments.chunk(2, -1)
-    counts = torch.stack([torch.log1p(count), honesty.log()], -1)
-    amplitude = (weight * amplitude2).sum(1)
+    counts = torch.stack([torch.log1p(count), _honesty(config, a).log()], -1)
+    relative = (weight * amplitude2).sum(1) * (config.amplitude_shape - 1) / scale
     summary = torch.cat(
         [
             center,
             (square - center.square()).clamp(min=0).sqrt()[..., :2],
-            0.5 * amplitude.log().unsqueeze(-1),
+            0.5 * relative.log().unsqueeze(-1),
             counts.unsqueeze(1).expand(-1, weight.shape[-1], -1),
         ],
         -1,
     )
     return Regression(mean, covariance, noise, summary)
+
+
+def solve(
+    config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums, num_kept: int = 6
+) -> Regression:
+    """
+    Solve the regression of each tile on its own: its own evidence, the default amplitude prior.
+    """
+    found = evidence(config, variances, a)
+    scale = default_scale(config, len(a.count), a.moment.shape[-1], a.moment.device)
+    return posterior(
+        config, variances, a, found, scale, log_evidence(config, found, scale), num_kept
+    )
+
+
+def _honest_sums(config, a):
+    """
+    Return gram, moment, sum of squares and count of the points that count as independent.
+
+    Values are taken relative to their mean, the last that is returned (batch, dim_y): an offset
+    of the field costs nothing, however far it is beyond the relief.
+    """
+    honesty = _honesty(config, a)  # (batch,)
+    gram, constant = unpack(a.gram), _constant(config, a.moment.shape[1])
+    center = a.moment[:, constant] / a.count.clamp(min=1e-300).unsqueeze(-1)
+    moment = a.moment - gram[:, :, constant].unsqueeze(-1) * center.unsqueeze(1)
+    sum_squares = (a.sum_squares - center * a.moment[:, constant]).clamp(min=0)
+    return (
+        gram * honesty[:, None, None],
+        moment * honesty[:, None, None],
+        sum_squares * honesty[:, None],
+        a.count * honesty,
+        center,
+    )
+
+
+def _constant(config, num_functions):
+    """
+    Return where the constant stands among the functions: after the eigenfunctions.
+    """
+    dim_x = next(d for d in (1, 2, 3) if config.functions_per_axis**d + 1 + d == num_functions)
+    return num_functions - 1 - dim_x
 
 
 def _honesty(config, a):
@@ -336,8 +454,9 @@ def predict(config: LeastSquaresConfig, regression: Regression, x: Tensor):
     """
     phi = basis(config, x)
     mean = phi @ regression.mean
-    variance = torch.einsum('bnf,bofg,bng->bno', phi, regression.covariance, phi)
-    return mean, variance.clamp(min=1e-12)
+    phi = phi.to(regression.covariance.dtype).unsqueeze(1)
+    variance = ((phi @ regression.covariance) * phi).sum(-1).mT  # (batch, n, dim_y)
+    return mean, variance.double().clamp(min=1e-12)
 
 
 def joint_covariance(config: LeastSquaresConfig, regression: Regression, x: Tensor) -> Tensor:
@@ -356,7 +475,8 @@ def sample_weights(regression: Regression, num_samples: int, generator=None) -> 
     """
     batch, size, dim_y = regression.mean.shape
     value, vector = torch.linalg.eigh(regression.covariance)  # semidefinite: no Cholesky factor
-    root = vector * value.clamp(min=0).sqrt().unsqueeze(-2)
+    # The symmetric root: that of the factors alone may turn around with the last bit.
+    root = (vector * value.clamp(min=0).sqrt().unsqueeze(-2)) @ vector.mT
     noise = torch.randn(
         batch, dim_y, size, num_samples, dtype=root.dtype, device=root.device, generator=generator
     )

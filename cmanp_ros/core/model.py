@@ -4,10 +4,11 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from cmanp_ros.core import inducing, least_squares
+from cmanp_ros.core.attention import AttentionSums
 from cmanp_ros.core.blocks import DecoderLayer, mlp
 from cmanp_ros.core.config import CMANPConfig
 from cmanp_ros.core.encoder import Encoder
@@ -31,7 +32,7 @@ class Encoding(NamedTuple):
 
 class Prior(NamedTuple):
     """
-    What the regression says at the targets, which the decoder corrects; float64.
+    What the regressions say at the targets of a tile, which the decoder corrects; float64.
     """
 
     mean: Tensor
@@ -42,6 +43,22 @@ class Prior(NamedTuple):
     """(batch, 1, dim_y)."""
     summary: Tensor
     """(batch, 1, dim_y, NUM_SUMMARIES)."""
+    context: Tensor
+    """(batch, n, dim_y, num_context): what every level says, see `blending.compare`."""
+
+
+class Decoded(NamedTuple):
+    """
+    What one tile answers at its targets, (batch, n, dim_y) each.
+    """
+
+    mean: Tensor
+    stddev: Tensor
+    """Of an observation."""
+    correction: Tensor
+    """Factor by which the network changed the regression's stddev; 1 without a regression."""
+    log_weight: Tensor
+    """Log weight of the answer against those of other tiles; 0 without a regression."""
 
 
 class CMANP(nn.Module):
@@ -60,9 +77,12 @@ class CMANP(nn.Module):
         self.location = None
         if config.inducing_points:
             self.location = inducing.FourierFeatures(config.dim_x, dim, config.num_heads)
-            dim_context, dim_target = dim + 21 * config.dim_y, dim
+            dim_context, dim_target = dim + 25 * config.dim_y, dim
+        num_outputs = 2
         if config.least_squares is not None:
-            dim_target += config.dim_y * (3 + least_squares.NUM_SUMMARIES)
+            num_features = 3 + least_squares.NUM_SUMMARIES + num_context(config)
+            dim_target += config.dim_y * num_features
+            num_outputs = 3
         self.embedder = mlp(dim_context, dim, dim, depth)
         self.query_embedder = mlp(dim_target, dim, dim, depth)
         self.encoder = Encoder(config)
@@ -71,7 +91,7 @@ class CMANP(nn.Module):
             for _ in range(config.num_blocks)
         )
         self.norm = nn.LayerNorm(dim)
-        self.predictor = mlp(dim, config.dim_feedforward, 2 * config.dim_y, 2)
+        self.predictor = mlp(dim, config.dim_feedforward, num_outputs * config.dim_y, 2)
         if config.inducing_points:
             inducing.initialize(self)
         if config.least_squares is not None:
@@ -97,12 +117,14 @@ class CMANP(nn.Module):
         state: State,
         x: Shaped[Tensor, 'batch n dim_x'],
         y: Shaped[Tensor, 'batch n dim_y'],
+        mask: Bool[Tensor, 'batch n'] | None = None,
     ) -> State:
         """
         Fold observations in, exactly and without the old ones; neither latents nor factors run.
 
         :param x: (batch, n, dim_x) in model units, any n >= 0.
         :param y: (batch, n, dim_y) in model units.
+        :param mask: which points are there, where tiles have different numbers; None: all.
         :return: a new state; the one given is unchanged.
         :raises InputError: for wrong shapes or values that are not finite.
         """
@@ -116,14 +138,15 @@ class CMANP(nn.Module):
         step = self.config.chunk_size
         for start in range(0, x.shape[1], step):
             chunk = slice(start, start + step)
-            state = merge(state, self._chunk(x[:, chunk], y[:, chunk]))
+            present = None if mask is None else mask[:, chunk]
+            state = merge(state, self._chunk(x[:, chunk], y[:, chunk], present))
         return state
 
-    def _chunk(self, x, y):
-        config, count = self.config, x.shape[1]
-        regression = config.least_squares and least_squares.sums(config.least_squares, x, y)
-        number = torch.full((len(x),), count, dtype=torch.int64, device=x.device)
-        return State(self.encoder.fold(self.embed(x, y)), regression, number)
+    def _chunk(self, x, y, mask):
+        options, (batch, n, _) = self.config.least_squares, x.shape
+        regression = options and least_squares.sums(options, x, y, mask)
+        number = torch.full((batch,), n, device=x.device) if mask is None else mask.sum(1)
+        return State(self.encoder.fold(self.embed(x, y), mask), regression, number)
 
     def embed(self, x, y) -> Float[Tensor, 'batch n dim_model']:
         """
@@ -153,7 +176,7 @@ class CMANP(nn.Module):
             raise InputError('x_target has NaN or infinite numbers; drop those targets first')
         encoding = self.encoding(state)
         parts = [
-            self.decode(encoding, chunk, self.regress(encoding, chunk))
+            self.decode(encoding.projected, chunk, self.regress(encoding, chunk))[:2]
             for chunk in x_target.split(TARGETS_AT_ONCE, 1)
         ]
         mean, stddev = (torch.cat(part, 1) for part in zip(*parts, strict=True))
@@ -179,8 +202,7 @@ class CMANP(nn.Module):
         parts = []
         for chunk in x_target.split(TARGETS_AT_ONCE, 1):
             prior = self.regress(encoding, chunk)
-            mean, stddev = self.decode(encoding, chunk, prior)
-            ratio = stddev / (prior.variance + prior.noise_variance).sqrt()
+            mean, _, ratio, _ = self.decode(encoding.projected, chunk, prior)
             phi = least_squares.basis(self.config.least_squares, chunk).unsqueeze(1)
             deviation = phi @ weights - prior.mean.unsqueeze(1)  # (batch, samples, n, dim_y)
             parts.append((mean.unsqueeze(1) + deviation * ratio.unsqueeze(1)).transpose(0, 1))
@@ -221,31 +243,39 @@ class CMANP(nn.Module):
         regression = config and least_squares.solve(
             config, least_squares.prior_variances(config, self.config.dim_x), state.least_squares
         )
-        return Encoding(self.project(self.encoder(state.attention)), regression)
+        return Encoding(self.latents(state.attention), regression)
 
-    def project(self, latents: list[Tensor]) -> list[Tensor]:
+    def latents(self, sums: AttentionSums) -> list[Tensor]:
         """
-        Project the latents of each block to the keys and values of its decoder layer.
+        Encode attention sums to latents, projected to keys and values of each decoder layer.
+
+        :return: for each layer (batch, num_latents, 2 * dim_model).
         """
         return [
             layer.cross_attention.keys_and_values(z)
-            for layer, z in zip(self.decoder, latents, strict=True)
+            for layer, z in zip(self.decoder, self.encoder(sums), strict=True)
         ]
 
     def regress(self, encoding: Encoding, x: Tensor) -> Prior | None:
         """
-        Return what the least-squares memory says at targets; None without one.
+        Return what the least-squares memory of a tile that is alone says; None without one.
         """
         regression = encoding.regression
         if regression is None:
             return None
         mean, variance = least_squares.predict(self.config.least_squares, regression, x)
         noise = regression.noise_variance.unsqueeze(1)
-        return Prior(mean, variance, noise, regression.summary.unsqueeze(1))
+        context = mean.new_zeros(*mean.shape, num_context(self.config))
+        context[..., 0] = -1.0  # the finest level
+        context[..., 1] = 1.0  # the level of this tile covers the target, no other does
+        return Prior(mean, variance, noise, regression.summary.unsqueeze(1), context)
 
-    def decode(self, encoding: Encoding, x: Tensor, prior: Prior | None):
+    def decode(self, projected: list[Tensor], x: Tensor, prior: Prior | None) -> Decoded:
         """
-        Return mean and stddev of an observation, (batch, n, dim_y) each.
+        Predict observations at targets of each tile.
+
+        :param projected: what `latents` gave.
+        :param x: (batch, n, dim_x) in model units.
         """
         x = x.to(self.encoder.latents.dtype)
         place = x if self.location is None else self.location(x)
@@ -255,16 +285,20 @@ class CMANP(nn.Module):
         h = self.query_embedder(torch.cat(inputs, -1))
         if self.location is not None:
             h = h + place
-        for layer, projected in zip(self.decoder, encoding.projected, strict=True):
-            h = layer(h, projected)
-        first, second = self.predictor(self.norm(h)).chunk(2, -1)
+        for layer, keys_and_values in zip(self.decoder, projected, strict=True):
+            h = layer(h, keys_and_values)
+        output = self.predictor(self.norm(h))
         if prior is not None:
+            first, second, third = output.double().chunk(3, -1)
             stddev = (prior.variance + prior.noise_variance).sqrt()
-            mean = prior.mean + stddev * _bounded(first.double(), 2.0)
-            return mean, stddev * _bounded(second.double(), 1.5).exp()
-        if self.config.bounded_stddev:
-            return first, 0.05 + 0.95 * nn.functional.softplus(second)
-        return first, second.exp()
+            mean = prior.mean + stddev * _bounded(first, 2.0)
+            correction = _bounded(second, 2.5).exp()
+            log_weight = _bounded(third, 6.0) - 2 * stddev.log()  # untrained: by precision
+            return Decoded(mean, stddev * correction, correction, log_weight)
+        first, second = output.chunk(2, -1)
+        bounded = self.config.bounded_stddev
+        stddev = 0.05 + 0.95 * nn.functional.softplus(second) if bounded else second.exp()
+        return Decoded(first, stddev, torch.ones_like(first), torch.zeros_like(first))
 
     def _prior_features(self, prior, place):
         logs = (
@@ -272,7 +306,7 @@ class CMANP(nn.Module):
             * torch.stack([prior.variance, prior.noise_variance.expand_as(prior.mean)], -1).log()
         )
         summary = prior.summary.expand(-1, place.shape[1], -1, -1)
-        features = torch.cat([prior.mean.unsqueeze(-1), logs, summary], -1)
+        features = torch.cat([prior.mean.unsqueeze(-1), logs, summary, prior.context], -1)
         return _bounded(features.flatten(-2) / 2, 4.0).to(place.dtype)
 
     def _covariance(self, encoding, x, stddev):
@@ -293,6 +327,13 @@ class CMANP(nn.Module):
                 f'{name} has shape {tuple(value.shape)}, expected (batch, n, dim) = '
                 f'({state.batch}, n, {dim})'
             )
+
+
+def num_context(config: CMANPConfig) -> int:
+    """
+    Return the numbers per target that compare the levels, see `blending.compare`.
+    """
+    return 1 + 3 * config.num_levels
 
 
 def _bounded(value, limit):

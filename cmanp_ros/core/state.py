@@ -14,7 +14,7 @@ from cmanp_ros.core.least_squares import LeastSquaresSums
 @dataclass(frozen=True, eq=False)
 class State:
     """
-    Immutable; every tensor has a leading batch axis (later: tiles).
+    Immutable; every tensor has a leading batch axis: tiles.
     """
 
     attention: AttentionSums
@@ -97,6 +97,23 @@ def merge(a: State, b: State) -> State:
         least_squares=a.least_squares and least_squares.merge(a.least_squares, b.least_squares),
         num_observations=a.num_observations + b.num_observations,
     )
+
+
+def concatenate(parts: list[State]) -> State:
+    """
+    Return one state with the tiles of all parts, in their order.
+    """
+    named = [part.tensors() for part in parts]
+    return from_tensors({name: torch.cat([part[name] for part in named]) for name in named[0]})
+
+
+def select(state: State, tiles) -> State:
+    """
+    Return the state of some tiles.
+
+    :param tiles: slice, or indices (n,).
+    """
+    return from_tensors({name: value[tiles] for name, value in state.tensors().items()})
 
 
 def forget(state: State, factor: float) -> State:

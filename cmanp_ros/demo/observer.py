@@ -105,7 +105,8 @@ class Observer:
         self.ask_topic(self._rng.choice(self.x, NUM_QUERIED, replace=False))
         prediction = self.ask_service()
         measured = {
-            'state_bytes': self._counter('state_bytes'),
+            'tile_bytes': self._counter('tile_bytes'),
+            'tiles': self._counter('tiles') or 0,
             'folded': self._counter('observations_folded') or 0,
             'points_per_second': float(self.status.get('points_per_sec') or 0),
             'message': self.status.get('message', ''),

@@ -115,10 +115,10 @@ def _headline(figure, path, report):
         f'A simulated rover drives a winding {path_length(path) / 1000:.0f} km over '
         f'{side:.1f} x {side:.1f} km of real terrain, the Jacksboro fault in Tennessee. '
         f'The node folds its {report["observations"]["folded"]:,} noisy readings of height into '
-        f'a state of {end["state_bytes"]:,} bytes\n'
-        f'({start["state_bytes"]:,} before the first of them). '
-        f'The error of the map (RMSE) falls from {start["rmse"]:.0f} m to {end["rmse"]:.1f} m; '
-        f'its 90 % intervals cover {100 * end["coverage"]:.0f} % of readings that were held back.'
+        f'{end["tiles"]} tiles\nof {end["tile_bytes"]:,} bytes each, however many readings they '
+        f'hold. The error of the map (RMSE) falls from {start["rmse"]:.0f} m to '
+        f'{end["rmse"]:.1f} m; its 90 % intervals cover {100 * end["coverage"]:.0f} % of readings '
+        'that were held back.'
     )
     left = LEFT / WIDTH
     figure.text(left, 1 - 0.3 / HEIGHT, title, fontsize=21, fontweight='bold', va='top')

@@ -92,9 +92,9 @@ def shortcomings(report: Mapping[str, Any]) -> list[str]:
         ),
         (folded > 0, 'no observation was folded'),
         (
-            start['state_bytes'] is not None and start['state_bytes'] == end['state_bytes'],
-            f'the state had {start["state_bytes"]} bytes at the start and {end["state_bytes"]} '
-            'at the end',
+            start['tile_bytes'] is not None and start['tile_bytes'] == end['tile_bytes'],
+            f'the state of a tile had {start["tile_bytes"]} bytes at the start and '
+            f'{end["tile_bytes"]} at the end',
         ),
         (lost == 0, f'{lost} of the points received were lost, and no counter says why'),
         (

@@ -42,7 +42,8 @@ def _before_and_after(report):
     start, end = report['start'], report['end']
     for name, form in (
         ('observations folded', lambda row: f'{row["folded"]:,}'),
-        ('state [bytes]', lambda row: f'{row["state_bytes"]:,}'),
+        ('state of a tile [bytes]', lambda row: f'{row["tile_bytes"]:,}'),
+        ('tiles', lambda row: f'{row["tiles"]:,}'),
         ('RMSE of the mean [m]', lambda row: f'{row["rmse"]:.1f}'),
         ('90 % interval covers [%]', lambda row: f'{100 * row["coverage"]:.0f}'),
         ('log-likelihood [nat]', lambda row: f'{row["log_likelihood"]:.2f}'),

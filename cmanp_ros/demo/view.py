@@ -97,7 +97,7 @@ def plain_line(progress: Progress) -> str:
     now = progress.series[-1]
     return (
         f'{progress.drive_sec:5.1f} s  {now["folded"]:6,} observations folded  '
-        f'{now["points_per_second"]:4.0f} points/s  state {now["state_bytes"]:,} bytes  '
+        f'{now["points_per_second"]:4.0f} points/s  {now["tiles"]:4} tiles  '
         f'RMSE {now["rmse"]:5.1f} m  90 % interval covers {100 * now["coverage"]:.0f} %'
     )
 
@@ -274,7 +274,7 @@ def _numbers(progress):
         return table
     answers, rmse = now['answers'], [row['rmse'] for row in progress.series]
     published = progress.rover.get('points', 0)
-    same = 'same as' if now['state_bytes'] == start['state_bytes'] else 'NOT as'
+    same = 'always' if now['tile_bytes'] == start['tile_bytes'] else 'NO LONGER'
     latency = answers['service_latency_sec']
     table.add_row(
         'observations folded',
@@ -282,7 +282,7 @@ def _numbers(progress):
         f'{now["points_per_second"]:.0f} points/s',
     )
     table.add_row(
-        'state', f'[bold]{now["state_bytes"]:,} bytes[/], {same} before the first observation'
+        'state', f'[bold]{now["tiles"]} tiles[/] of {same} {start["tile_bytes"]:,} bytes each'
     )
     table.add_row(
         'RMSE',

@@ -17,10 +17,13 @@ from torch.utils.data import DataLoader
 
 from cmanp_ros.checkpoint import save_model
 from cmanp_ros.core import CMANP, CMANPConfig
+from cmanp_ros.core.attention import AttentionSums
+from cmanp_ros.core.blending import blend
 from cmanp_ros.core.errors import ConfigError
-from cmanp_ros.core.metrics import log_likelihood
-from cmanp_ros.core.model import Encoding
-from cmanp_ros.training.batches import Batch, Batches, augment, unpack
+from cmanp_ros.core.lattice import Cover
+from cmanp_ros.core.model import Decoded, Prior
+from cmanp_ros.core.world import AT_ONCE, groups
+from cmanp_ros.training.batches import Batch, Batches, augment
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,10 @@ class TrainingConfig:
     steps: int = 10_000
     num_batches: int = 2_000
     """Distinct batches; each comes back mirrored and swapped."""
-    batch_size: int = 16
-    max_context: int = 1024
-    num_target: int = 128
+    batch_size: int = 8
+    """Worlds in each."""
+    max_context: int = 1200
+    num_target: int = 48
     learning_rate: float = 1e-3
     warmup: int = 300
     seed: int = 0
@@ -87,7 +91,7 @@ def train(
     started, stop = time.monotonic() - seconds, False
     for step, tensors in enumerate(loader, start + 1):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        loss = -batch_log_likelihood(model, augment(unpack(tensors), generator)).mean()
+        loss = -_soften(batch_log_likelihood(model, augment(Batch(**tensors), generator))).mean()
         for group in optimizer.param_groups:
             group['lr'] = config.learning_rate * _schedule(step, config)
         optimizer.zero_grad()
@@ -115,11 +119,8 @@ def _check(folder, model_config, config):
 
     :raises ConfigError: saying what differs.
     """
-    if model_config.least_squares is None or model_config.dim_y != 1:
-        raise ConfigError(
-            f'a model with dim_y {model_config.dim_y} and least_squares '
-            f'{model_config.least_squares}: expected dim_y 1 and the least-squares memory'
-        )
+    if model_config.dim_y != 1:
+        raise ConfigError(f'a model with dim_y {model_config.dim_y}: expected dim_y 1')
     free = ('folder', 'workers', 'steps')
     fixed = {k: v for k, v in asdict(config).items() if k not in free}
     settings = json.loads(json.dumps({'model': model_config.to_dict(), 'training': fixed}))
@@ -142,13 +143,43 @@ def _check(folder, model_config, config):
 
 def batch_log_likelihood(model: CMANP, batch: Batch) -> torch.Tensor:
     """
-    Return the log-likelihood of each task, with gradients for everything but the regression.
+    Return the log-likelihood of each target, with gradients for everything but the regressions.
     """
-    task, prior = batch
-    sums = model.encoder.fold(model.embed(task.x_context, task.y_context))
-    encoding = Encoding(model.project(model.encoder(sums)), None)
-    mean, stddev = model.decode(encoding, task.x_target, prior)
-    return log_likelihood(mean, stddev, task.y_target.double())
+    y = batch.y_target.double()
+    if not len(batch.pair_tile):  # nothing was observed in any of the worlds
+        return torch.distributions.Normal(0.0, 1.0).log_prob(y)
+    num_tiles = int(batch.pair_tile.max()) + 1
+    parts, order = [], []
+    for tiles, points, mask in groups(batch.point_tile, AT_ONCE):
+        tokens = model.embed(batch.point_x[points], batch.point_y[points])
+        parts.append(model.encoder.fold(tokens, mask))
+        order.append(tiles)
+    place = torch.empty(num_tiles, dtype=torch.int64)
+    place[torch.cat(order)] = torch.arange(num_tiles)  # every tile has points
+    sums = AttentionSums(*(torch.cat(part)[place] for part in zip(*parts, strict=True)))
+    latents = model.latents(sums)
+
+    found, order = [], []
+    for tiles, pairs, mask in groups(batch.pair_tile, AT_ONCE):
+        has_prior = model.config.least_squares is not None
+        prior = Prior(*(part[pairs] for part in batch.prior)) if has_prior else None
+        answers = model.decode([z[tiles] for z in latents], batch.pair_x[pairs], prior)
+        found.append([part[mask] for part in answers])
+        order.append(pairs[mask])
+    place = torch.cat(order).argsort()
+    answers = Decoded(*(torch.cat(part)[place] for part in zip(*found, strict=True)))
+    key = batch.pair_is_coarse.long().unsqueeze(1)  # of the level only whether it is the last
+    cover = Cover(batch.pair_target, key, batch.pair_x, batch.pair_window.double())
+    mixture = blend(cover, answers, len(batch.y_target), num_levels=2)
+    return torch.distributions.Normal(mixture.mean, mixture.stddev).log_prob(y)
+
+
+def _soften(log_likelihood):
+    """
+    Compress what lies far below -10: one target must not decide on a whole step.
+    """
+    excess = (-10 - log_likelihood).clamp(min=0)
+    return log_likelihood + excess - 10 * torch.log1p(excess / 10)
 
 
 def _order(config):
@@ -177,7 +208,8 @@ def _save(folder, model, optimizer, step, seconds, config):
     save_file(tensors, partial, {'progress': json.dumps(progress)})
     partial.replace(folder / 'last.safetensors')
     named = replace(config, folder=folder.name)  # no paths of the machine that trained
-    extra = {'command': command(named), 'training': asdict(named), **progress}
+    line = command(named) + ' --attention-only' * (model.config.least_squares is None)
+    extra = {'command': line, 'training': asdict(named), **progress}
     save_model(model, folder / 'model.safetensors', extra)
 
 

@@ -58,10 +58,10 @@ def test_nothing_is_missing(report):
     assert report['missing'] == []
 
 
-def test_state_is_as_large_at_the_end_as_before_the_first_observation(report):
+def test_state_of_a_tile_is_as_large_at_the_end_as_before_the_first_observation(report):
     assert report['start']['folded'] == 0 < report['end']['folded']
-    assert report['start']['state_bytes'] == report['end']['state_bytes'] > 0
-    assert {row['state_bytes'] for row in report['series']} == {report['end']['state_bytes']}
+    assert report['start']['tile_bytes'] == report['end']['tile_bytes'] > 0
+    assert {row['tile_bytes'] for row in report['series']} == {report['end']['tile_bytes']}
 
 
 def test_every_published_point_is_accounted_for(report):
@@ -94,8 +94,8 @@ def test_picture_is_there_and_not_blank(finished):
     assert image[..., :3].std() > 0.1
 
 
-def test_summary_tells_the_state_twice_and_no_escape_codes(finished, report):
-    assert finished[0].count(f'{report["end"]["state_bytes"]:,}') >= 2
+def test_summary_tells_the_size_of_a_tile_twice_and_no_escape_codes(finished, report):
+    assert finished[0].count(f'{report["end"]["tile_bytes"]:,}') >= 2
     assert 'complete' in finished[0]
     assert '\x1b' not in finished[0]
 

@@ -197,7 +197,8 @@ def test_points_that_no_counter_explains_are_found():
 def good_report():
     """Return the report of a run in which nothing is missing."""
     measured = {
-        'state_bytes': 382176,
+        'tile_bytes': 382176,
+        'tiles': 0,
         'folded': 0,
         'points_per_second': 0.0,
         'rmse': 130.0,
@@ -214,7 +215,13 @@ def good_report():
         'topic': 11,
         'field': 17,
     }
-    end = measured | {'folded': 5500, 'rmse': 20.0, 'coverage': 0.88, 'seconds': 12.0}
+    end = measured | {
+        'folded': 5500,
+        'tiles': 207,
+        'rmse': 20.0,
+        'coverage': 0.88,
+        'seconds': 12.0,
+    }
     seen = {'share': 0.6, 'stddev': 5.0, 'rmse': 5.0, 'coverage': 0.9, 'log_likelihood': -3.0}
     return {
         'scenario': {'seed': 6, 'window_m': SIZE, 'duration_sec': 12.0, 'rate_hz': 10.0},
@@ -255,7 +262,7 @@ def test_complete_run_lacks_nothing():
         ('observations', 'folded', 0, 'no observation was folded'),
         ('observations', 'unaccounted', 48, '48 of the points received were lost'),
         ('observations', 'not_received', 480, '480 of the published points did not reach'),
-        ('end', 'state_bytes', 382184, '382176 bytes at the start and 382184'),
+        ('end', 'tile_bytes', 382184, '382176 bytes at the start and 382184'),
         ('end', 'rmse', 131.0, 'RMSE did not fall'),
         ('end', 'rmse', float('nan'), 'RMSE did not fall'),
         ('end', 'coverage', 0.62, 'covers 0.62'),

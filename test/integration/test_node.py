@@ -113,7 +113,7 @@ def test_prediction_before_the_first_observation_is_the_prior(start_node, client
     prediction = client.call(Predict, 'cmanp/predict', request(x)).prediction
     mean, stddev, status = predictions_from_message(prediction)
     assert prediction.num_observations == 0
-    assert status.tolist() == [0] * 29 + [1, 2]
+    assert status.tolist() == [0] * 30 + [2], 'with tiles nothing is outside'
     assert np.isnan(mean[-1]) and np.isnan(stddev[-1])
     assert np.all(np.abs(mean[:-1] - 300) < 40)
     assert np.all((stddev[:-1] > 10) & (stddev[:-1] < 200))
@@ -197,17 +197,17 @@ def test_malformed_cloud_is_counted_by_reason_and_changes_nothing(start_node, cl
     points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
     points.publish(cloud(scattered(23)))
     wait_for(lambda: node.field.num_observations == 23)
-    before = node.field.state
+    before = node.field.version
     points.publish(malformed(reason))
     wait_for(lambda: counts(node)[1].rejected == {reason: 1})
-    assert node.field.state is before
+    assert node.field.version == before
     points.publish(cloud(scattered(19)))
     wait_for(lambda: node.field.num_observations == 42)
     assert all(snapshot.conserved for snapshot in counts(node))
 
 
 def test_points_that_cannot_be_used_are_counted_and_the_others_folded(start_node, client):
-    node = start_node()
+    node = start_node(one_tile=True)
     points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
     x = scattered(17)
     x[0], value = [900.0, 0.0], height(x)[:, 0]
@@ -218,6 +218,71 @@ def test_points_that_cannot_be_used_are_counted_and_the_others_folded(start_node
     assert snapshot.folded == node.field.num_observations == 13
     assert snapshot.rejected == {'not_finite': 2, 'outside_workspace': 1, 'value_out_of_range': 1}
     assert snapshot.conserved
+
+
+def test_map_has_no_border(start_node, client):
+    node = start_node(tile_size=4.0)
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    x = scattered(307) + [9000.0, -7000.0]
+    points.publish(cloud(x))
+    wait_for(lambda: node.field.num_observations == 307)
+    response = client.call(Predict, 'cmanp/predict', request(x[:31]))
+    mean, _, status = predictions_from_message(response.prediction)
+    assert not status.any()
+    assert np.abs(mean - height(x[:31])).max() < 0.2
+
+
+def test_map_in_a_store_is_there_after_a_restart(start_node, client, tmp_path):
+    settings = {'tile_size': 2.0, 'max_tiles': 128, 'store': str(tmp_path / 'map.tiles')}
+    node = start_node(**settings)
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    x = scattered(307)
+    points.publish(cloud(x))
+    wait_for(lambda: node.field.num_observations == 307)
+    assert node.field.num_tiles > 128 >= node.field.num_tiles_in_memory
+    before, _ = node.field.predict(x)
+    node.trigger_deactivate()
+    node.trigger_cleanup()
+    node.trigger_configure()
+    assert node.field.num_observations == 307
+    np.testing.assert_allclose(node.field.predict(x)[0], before, atol=1e-5)
+
+
+def test_map_is_written_to_the_store_while_the_node_runs(start_node, client, tmp_path):
+    store = tmp_path / 'map.tiles'
+    node = start_node(store=str(store), store_period=0.1)
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    points.publish(cloud(scattered(53)))
+    wait_for(lambda: node.field.num_observations == 53)
+    wait_for(lambda: len(node.field._store) == node.field.num_tiles > 0)
+    assert node.field._store.extra['num_observations'] == 53
+
+
+def test_dropped_parts_of_the_map_are_reported(start_node, client):
+    start_node(tile_size=1.0, max_tiles=128, status_rate=20.0)
+    statuses = client.collect(DiagnosticStatus, 'cmanp/status', LATCHED)
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    points.publish(cloud(scattered(307)))
+    status = wait_for(lambda: [s for s in statuses if 'max_tiles' in s.message])[0]
+    values = {pair.key: int(pair.value) for pair in status.values if 'tiles' in pair.key}
+    assert status.level == DiagnosticStatus.WARN
+    assert values['tiles_dropped'] > 0 and values['tiles_in_memory'] <= 128
+
+
+def test_grid_follows_the_robot_in_whole_cells(start_node, client):
+    node = start_node(publish_rate=50.0, grid_resolution=0.5, grid_window=8.0)
+    means = client.collect(OccupancyGrid, 'cmanp/mean', LATCHED)
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    for x in ([3.1, -2.2], [500.7, 40.1]):
+        points.publish(cloud(np.array([x])))
+        wait_for(lambda x=x: np.array_equal(node._newest_x, np.float32(x)))
+        wait_for(
+            lambda x=x: means and abs(means[-1].info.origin.position.x + 4 - x[0]) <= 0.25 + 1e-6
+        )
+        info = means[-1].info
+        assert (info.width, info.height) == (16, 16)
+        assert abs(info.origin.position.y + 4 - x[1]) <= 0.25 + 1e-6
+        assert info.origin.position.x % 0.5 == info.origin.position.y % 0.5 == 0
 
 
 def test_empty_cloud_is_folded_without_effect(start_node, client):

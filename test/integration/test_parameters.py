@@ -71,7 +71,10 @@ def test_integers_are_accepted_in_lists_of_doubles(corner):
 @pytest.mark.parametrize('spec', BOUNDED, ids=lambda spec: spec.name)
 def test_range_includes_both_ends_and_nothing_beyond(spec):
     kind = int if spec.kind == 'int' else float
-    free = {'max_targets': 10_000_000} if spec.name == 'grid_resolution' else {}
+    free = {
+        'grid_resolution': {'max_targets': 10_000_000},
+        'grid_window': {'grid_resolution': 1e6},
+    }.get(spec.name, {})
     corner = {'bounds_min': [0.0, 0.0], 'bounds_max': [1e-3, 1e-3]}  # so that tiny cells are few
     for end in (spec.lower, spec.upper):
         assert getattr(parameters_from({spec.name: kind(end), **free, **corner}), spec.name) == end
@@ -132,7 +135,7 @@ def test_wrong_value_is_named_with_what_was_expected(name, value, text):
         ({'map_frame': '/'}, "map_frame is '/'; expected the name of a frame, such as 'map'"),
         (
             {'grid_resolution': 0.001},
-            'grid_resolution 0.001 m/cell cuts bounds of 50.0 x 50.0 m into 2.5e+09 cells; '
+            'grid_resolution 0.001 m/cell cuts 50.0 x 50.0 m into 2.5e+09 cells; '
             'expected at most max_targets = 1000000: use larger cells',
         ),
     ],

@@ -1,12 +1,14 @@
 """What README.md says is what the code does."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 from conftest import wait_for
 
-README = (Path(__file__).parents[2] / 'README.md').read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
 COMMON = {'/parameter_events', '/rosout', '/cmanp/transition_event', '/clock'}
 BUILT_IN = {'rcl_interfaces', 'lifecycle_msgs', 'type_description_interfaces'}
 
@@ -58,13 +60,11 @@ def test_state_size_is_the_one_of_the_default_model():
     from cmanp_ros.field import NeuralField
 
     sizes = set(re.findall(r'([\d,]+) bytes', README))
-    assert sizes == {f'{NeuralField.load().state_nbytes:,}'}
+    assert sizes == {f'{NeuralField.load().tile_nbytes:,}'}
 
 
-def test_accuracy_is_the_one_recorded_in_the_default_model():
-    from cmanp_ros.checkpoint import read_extra
-    from cmanp_ros.cli.evaluate import markdown_table
-
-    scores = read_extra('field')['scores']
-    assert markdown_table(scores) in README
-    assert f'{scores["num_tasks"]} synthetic fields' in README
+def test_accuracy_is_the_one_recorded():
+    script = runpy.run_path(str(ROOT / 'scripts' / 'write_accuracy.py'))
+    assert script['readme_table']() in README
+    page = (ROOT / 'docs' / 'accuracy.md').read_text(encoding='utf-8')
+    assert page == script['page']()

@@ -89,6 +89,51 @@ def test_sums_of_an_empty_chunk_are_the_empty_sums(points):
     assert_same(sums(query, key[..., :0, :], value[..., :0, :]), no_points())
 
 
+def ragged():
+    """Return which points are there: another number in each row, none in the last."""
+    return torch.tensor([[False, True, True, False, True, True, False], [False] * N])
+
+
+@pytest.mark.parametrize('junk', [0.0, -1e9, 1e30])
+def test_masked_points_are_the_same_as_points_left_out(points, junk):
+    query, key, value = points
+    mask = ragged()
+    there = mask[:, None, None, :, None]
+    found = sums(query, key.where(there, junk), value.where(there, junk), mask)
+    for row in range(BATCH):
+        kept = query, *(part[row : row + 1, :, :, mask[row]] for part in (key, value))
+        alone = AttentionSums(*(part[row : row + 1] for part in found))
+        assert_same(alone, sums(*kept))
+        if mask[row].any():
+            assert_same(alone, softmax_attention(*kept))
+
+
+def test_a_mask_that_keeps_all_or_none_gives_the_sums_of_all_or_none(points):
+    for keep, expected in ((True, sums(*points)), (False, no_points())):
+        found = sums(*points, torch.full((BATCH, N), keep))
+        assert_same(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('sizes', CHUNKINGS)
+def test_every_chunking_of_masked_points_equals_all_at_once(points, sizes):
+    query, key, value = points
+    mask = ragged()
+    parts = zip(key.split(sizes, -2), value.split(sizes, -2), mask.split(sizes, 1), strict=True)
+    assert_same(reduce(merge, [sums(query, *part) for part in parts]), sums(*points, mask))
+
+
+def test_masked_points_have_no_part_in_gradients(points):
+    mask, gradients = ragged()[:1], []
+    query, key, value = points[0], points[1][:1], points[2][:1]
+    for kept in (slice(None), mask[0]):
+        leaf = query.clone().requires_grad_()
+        arguments = leaf, key[..., kept, :], value[..., kept, :], mask[:, kept]
+        found = sums(*arguments)
+        (found.logsumexp.sum() + found.mean_value.square().sum()).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, **EXACT)
+
+
 def test_merge_is_commutative(points):
     a, b = chunks(points, (3, 4))
     assert_same(merge(a, b), merge(b, a), rtol=0, atol=0)

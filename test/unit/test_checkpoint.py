@@ -12,24 +12,34 @@ from safetensors.torch import save_file
 
 from cmanp_ros import checkpoint
 from cmanp_ros.checkpoint import (
+    load_map,
     load_model,
-    load_state,
     read_extra,
+    save_map,
     save_model,
-    save_state,
     weights_hash,
 )
-from cmanp_ros.core import CMANP, Normalization
+from cmanp_ros.core import CMANP
 from cmanp_ros.core.errors import CheckpointError
 from cmanp_ros.core.state import State
 
-NORMALIZATION = Normalization((-3, 1.5), (5, 1e7 / 3), value_offset=0.1, value_scale=1 / 3)
+HEADER = {
+    'geometry': {'lower': [-3.0, 1.5], 'upper': [5.0, 1e7 / 3]},
+    'normalization': {'value_offset': 0.1, 'value_scale': 1 / 3},
+    'num_observations': 7,
+    'extra': {'frame': 'map', 'stamp': [3, 5]},
+}
+KEYS = [(0, -(2**40), 3), (1, 0, -7), (2, 5, 11)]
 TINY = {'num_blocks': 1, 'num_latents': 2, 'num_latents_per_block': 3, 'dim_feedforward': 5}
 
 
 def build(preset='field', dim_x=2, dim_y=1, **overrides):
     config = small_models.PRESETS[preset](dim_x, dim_y, **TINY | overrides)
     return small_models.build(config, torch.float32)
+
+
+def header_of(model):
+    return HEADER | {'weights_hash': weights_hash(model)}
 
 
 @pytest.fixture
@@ -49,8 +59,8 @@ def model_path(model, tmp_path):
 
 
 @pytest.fixture
-def state_path(model, state, tmp_path):
-    return save_state(state, tmp_path / 'state.safetensors', model, NORMALIZATION)
+def map_path(model, state, tmp_path):
+    return save_map(tmp_path / 'map.safetensors', KEYS, state, header_of(model))
 
 
 def content(path):
@@ -85,22 +95,29 @@ def test_models_round_trip_bit_by_bit(tmp_path, preset, dim_x, dim_y):
 
 
 @pytest.mark.parametrize('preset', small_models.PRESETS)
-def test_states_round_trip_bit_by_bit(tmp_path, preset):
+def test_maps_round_trip_bit_by_bit(tmp_path, preset):
     model = build(preset)
     for n in (0, 7):
         x, y = small_models.points(model.config, n, batch=3, dtype=torch.float32)
         state = model.update(model.init_state(3), x, y)
-        extra = {'frame': 'map', 'stamp': [3, 5]}
-        path = save_state(state, tmp_path / 's.safetensors', model, NORMALIZATION, extra)
-        loaded = load_state(path, model)
-        small_models.assert_states_close(loaded.state, state, rtol=0, atol=0)
-        assert loaded.normalization == NORMALIZATION
-        assert loaded.weights_hash == weights_hash(model)
-        assert loaded.extra == extra
+        path = save_map(tmp_path / 's.safetensors', KEYS, state, header_of(model))
+        keys, loaded, header = load_map(path, model)
+        small_models.assert_states_close(loaded, state, rtol=0, atol=0)
+        assert keys == KEYS
+        assert header == header_of(model)
 
 
-def test_a_loaded_state_goes_on_like_the_saved_one(model, state, state_path):
-    loaded = load_state(state_path, model).state
+@pytest.mark.parametrize('preset', small_models.PRESETS)
+def test_a_map_of_no_tiles_round_trips(tmp_path, preset):
+    model = build(preset)
+    path = save_map(tmp_path / 's.safetensors', [], None, header_of(model))
+    keys, state, header = load_map(path, model)
+    assert (keys, state.batch, header) == ([], 0, header_of(model))
+    small_models.assert_states_close(state, model.init_state(0), rtol=0, atol=0)
+
+
+def test_a_loaded_state_goes_on_like_the_saved_one(model, state, map_path):
+    _, loaded, _ = load_map(map_path, model)
     x, y = small_models.points(model.config, 5, batch=3, dtype=torch.float32)
     states = model.update(loaded, x, y), model.update(state, x, y)
     small_models.assert_states_close(*states, rtol=0, atol=0)
@@ -151,7 +168,7 @@ def test_shipped_models_load_by_name():
 def test_a_missing_file_is_named(model, tmp_path):
     path = tmp_path / 'none.safetensors'
     assert refusal(load_model, path) == f'{path}: no such file'
-    assert refusal(load_state, path, model) == f'{path}: no such file'
+    assert refusal(load_map, path, model) == f'{path}: no such file'
     path.mkdir()
     assert refusal(load_model, path) == f'{path}: no such file'
 
@@ -164,12 +181,12 @@ def test_an_unknown_name_lists_the_shipped_models(name):
     )
 
 
-def test_the_wrong_kind_of_file_is_named(model, model_path, state_path):
-    assert refusal(load_model, state_path) == (
-        f"{state_path} is 'cmanp_ros state', expected 'cmanp_ros model'"
+def test_the_wrong_kind_of_file_is_named(model, model_path, map_path):
+    assert refusal(load_model, map_path) == (
+        f"{map_path} is 'cmanp_ros map', expected 'cmanp_ros model'"
     )
-    assert refusal(load_state, model_path, model) == (
-        f"{model_path} is 'cmanp_ros model', expected 'cmanp_ros state'"
+    assert refusal(load_map, model_path, model) == (
+        f"{model_path} is 'cmanp_ros model', expected 'cmanp_ros map'"
     )
 
 
@@ -182,8 +199,8 @@ def test_a_foreign_safetensors_file_is_named(tmp_path, metadata):
     )
 
 
-def test_a_truncated_file_is_refused_wherever_it_ends(model, model_path, state_path):
-    for path, load in ((model_path, load_model), (state_path, lambda p: load_state(p, model))):
+def test_a_truncated_file_is_refused_wherever_it_ends(model, model_path, map_path):
+    for path, load in ((model_path, load_model), (map_path, lambda p: load_map(p, model))):
         data = path.read_bytes()
         for length in (0, 1, 7, 8, 9, 1000, len(data) // 2, len(data) - 1):
             path.write_bytes(data[:length])
@@ -202,7 +219,7 @@ def test_random_bytes_are_refused(model, tmp_path, length):
     path.write_bytes(bytes(torch.randint(256, (length,)).tolist()))
     expected = f'{path} is truncated, damaged or not a safetensors file ('
     assert refusal(load_model, path).startswith(expected)
-    assert refusal(load_state, path, model).startswith(expected)
+    assert refusal(load_map, path, model).startswith(expected)
 
 
 class Malicious:
@@ -226,20 +243,20 @@ def test_a_malicious_pickle_is_refused_without_being_executed(model, tmp_path, w
         torch.save(Malicious(trace), path, _use_new_zipfile_serialization=is_zip)
     expected = f'{path} is truncated, damaged or not a safetensors file ('
     assert refusal(load_model, path).startswith(expected)
-    assert refusal(load_state, path, model).startswith(expected)
+    assert refusal(load_map, path, model).startswith(expected)
     assert not trace.exists()
 
 
 def test_another_format_version_is_named(model_path):
     metadata, tensors = content(model_path)
-    save_file(tensors, model_path, metadata | {'format_version': '2'})
+    save_file(tensors, model_path, metadata | {'format_version': '1'})
     assert refusal(load_model, model_path) == (
-        f'{model_path} has format version 2, this release reads 1: use the release that wrote it'
+        f'{model_path} has format version 1, this release reads 2: use the release that wrote it'
     )
 
 
-def test_a_flipped_byte_of_a_tensor_is_found_by_the_checksum(model, model_path, state_path):
-    for path, load in ((model_path, load_model), (state_path, lambda p: load_state(p, model))):
+def test_a_flipped_byte_of_a_tensor_is_found_by_the_checksum(model, model_path, map_path):
+    for path, load in ((model_path, load_model), (map_path, lambda p: load_map(p, model))):
         data = bytearray(path.read_bytes())
         header = 8 + int.from_bytes(data[:8], 'little')
         for position in range(header, len(data), len(data) // 11):
@@ -251,13 +268,14 @@ def test_a_flipped_byte_of_a_tensor_is_found_by_the_checksum(model, model_path, 
             )
 
 
-@pytest.mark.parametrize('kind', ['model', 'state'])
+@pytest.mark.parametrize('kind', ['model', 'map'])
 def test_a_flipped_byte_of_the_header_is_refused(model, state, tmp_path, kind):
     path = tmp_path / 'file.safetensors'
     if kind == 'model':
         save_model(model, path)
-    else:
-        save_state(state, path, model, Normalization((0, 0), (1, 1)))
+    else:  # numbers short enough that another last digit is another number
+        geometry = {'lower': [0, 0], 'upper': [1, 1]}
+        save_map(path, KEYS, state, header_of(model) | {'geometry': geometry})
     data, wrong = bytearray(path.read_bytes()), set()
     header = 8 + int.from_bytes(data[:8], 'little')
     for position in range(0, header, 11 if kind == 'model' else 3):
@@ -265,7 +283,7 @@ def test_a_flipped_byte_of_the_header_is_refused(model, state, tmp_path, kind):
         damaged[position] ^= 1
         path.write_bytes(damaged)
         try:
-            load_model(path) if kind == 'model' else load_state(path, model)
+            load_model(path) if kind == 'model' else load_map(path, model)
         except CheckpointError:
             continue
         except Exception as error:
@@ -308,9 +326,11 @@ def rewrite(path, change):
 
 
 def test_a_configuration_of_another_release_is_named(model_path):
-    rewrite(model_path, lambda header, _: header['config'].update(num_levels=3))
+    rewrite(model_path, lambda header, _: header['config'].update(num_memories=3))
     text = refusal(load_model, model_path)
-    assert text.startswith(f"{model_path}: CMANPConfig has no ['num_levels']; expected keys among")
+    assert text.startswith(
+        f"{model_path}: CMANPConfig has no ['num_memories']; expected keys among"
+    )
 
 
 def test_a_configuration_out_of_range_is_named(model_path):
@@ -333,35 +353,35 @@ def test_tensors_that_do_not_fit_the_configuration_are_named(model_path):
     )
 
 
-def test_a_state_of_other_weights_is_refused(model, state_path):
+def test_a_map_of_other_weights_is_refused(model, map_path):
     other = build()
     hashes = weights_hash(model)[:12], weights_hash(other)[:12]
-    assert refusal(load_state, state_path, other) == (
-        f'{state_path} was folded by weights {hashes[0]}, this model has {hashes[1]}: load it '
+    assert refusal(load_map, map_path, other) == (
+        f'{map_path} was folded by weights {hashes[0]}, this model has {hashes[1]}: load it '
         'with the checkpoint that made it'
     )
 
 
-def test_a_state_with_other_tensors_is_refused(model, state_path):
+def test_a_map_with_other_tensors_is_refused(model, map_path):
     def change(header, tensors):
         del tensors['least_squares.gram']
         tensors['attention.logsumexp'] = tensors['attention.logsumexp'][..., :2].contiguous()
 
-    rewrite(state_path, change)
-    assert refusal(load_state, state_path, model) == (
-        f'{state_path}: 2 tensors do not fit the configuration: missing least_squares.gram; '
+    rewrite(map_path, change)
+    assert refusal(load_map, map_path, model) == (
+        f'{map_path}: 2 tensors do not fit the configuration: missing least_squares.gram; '
         'attention.logsumexp has shape (1, 3, 2), expected (1, 3, 3)'
     )
 
 
-def test_a_state_that_is_not_finite_is_refused(model, state, tmp_path):
+def test_a_map_that_is_not_finite_is_refused(model, state, tmp_path):
     broken = State(
         state.attention._replace(mean_value=state.attention.mean_value * torch.nan),
         state.least_squares,
         state.num_observations,
     )
-    path = save_state(broken, tmp_path / 's.safetensors', model, NORMALIZATION)
-    assert refusal(load_state, path, model) == (
+    path = save_map(tmp_path / 's.safetensors', KEYS, broken, header_of(model))
+    assert refusal(load_map, path, model) == (
         f'{path} holds sums that are not finite; it cannot be used'
     )
 
@@ -374,7 +394,7 @@ def test_other_suffixes_are_refused(model, state, tmp_path, name):
     path = tmp_path / name
     expected = f'{path}: expected a name that ends in .safetensors'
     assert refusal(save_model, model, path) == expected
-    assert refusal(save_state, state, path, model, NORMALIZATION) == expected
+    assert refusal(save_map, path, KEYS, state, header_of(model)) == expected
     assert not list(tmp_path.iterdir())
 
 

@@ -22,6 +22,8 @@ COUNTS = [
     'num_blocks',
     'embedder_depth',
     'chunk_size',
+    'num_levels',
+    'level_factor',
 ]
 SMALL = {'num_latents': 3, 'num_latents_per_block': 5, 'num_blocks': 2}
 
@@ -38,20 +40,22 @@ def test_paper_has_the_sizes_of_the_paper():
     assert (config.num_latents, config.num_latents_per_block, config.num_blocks) == (128, 128, 6)
     assert (config.dim_model, config.num_heads, config.dim_feedforward) == (64, 4, 128)
     assert config.least_squares is None and not config.inducing_points
+    assert config.num_levels == 1
 
 
 @pytest.mark.parametrize('dim_x', [1, 2, 3, 4])
 def test_field_has_both_memories_in_every_dimension(dim_x):
     config = CMANPConfig.field(dim_x, 1)
     assert config.inducing_points
+    assert (config.num_levels, config.level_factor) == (3, 3)
     assert config.least_squares.functions_per_axis**dim_x < 2500
     assert config.least_squares.voxels_per_axis**dim_x < 70_000
 
 
 @pytest.mark.parametrize('preset', ['paper', 'field'])
 def test_overrides_replace_the_defaults(preset):
-    config = getattr(CMANPConfig, preset)(2, 1, num_blocks=7, chunk_size=11)
-    assert (config.num_blocks, config.chunk_size) == (7, 11)
+    config = getattr(CMANPConfig, preset)(2, 1, num_blocks=7, chunk_size=11, num_levels=5)
+    assert (config.num_blocks, config.chunk_size, config.num_levels) == (7, 11, 5)
     assert getattr(CMANPConfig, preset)(2, 1, least_squares=None).least_squares is None
 
 
@@ -101,6 +105,12 @@ def test_embedders_have_at_least_two_layers():
     assert_refused(message, CMANPConfig, dim_x=2, dim_y=1, embedder_depth=1)
 
 
+def test_levels_differ_in_size():
+    message = 'level_factor is 1, expected at least 2'
+    assert_refused(message, CMANPConfig, dim_x=2, dim_y=1, level_factor=1)
+    assert CMANPConfig(2, 1, level_factor=2).level_factor == 2
+
+
 @pytest.mark.parametrize('name', ['functions_per_axis', 'voxels_per_axis'])
 @pytest.mark.parametrize('value', [0, -2, 2.5, 3.0, nan, inf, True])
 def test_sizes_of_least_squares_are_integers_of_at_least_one(name, value):
@@ -129,7 +139,14 @@ def test_only_the_smoothness_may_be_infinite(name):
 
 
 @pytest.mark.parametrize(
-    'name', ['amplitude_shape', 'amplitude_scale', 'offset_variance', 'slope_variance']
+    'name',
+    [
+        'amplitude_shape',
+        'amplitude_scale',
+        'offset_variance',
+        'slope_variance',
+        'points_per_voxel',
+    ],
 )
 @pytest.mark.parametrize('value', [0.0, -1.0, inf, nan])
 def test_prior_parameters_are_positive(name, value):

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from small_models import assert_states_close
 
 from cmanp_ros.checkpoint import save_model
-from cmanp_ros.core import CMANP, CMANPConfig
+from cmanp_ros.core import CMANP, CMANPConfig, LeastSquaresConfig
 from cmanp_ros.core.errors import CheckpointError, ConfigError, InputError, StateMismatchError
 from cmanp_ros.field import NOT_FINITE, OK, OUTSIDE, NeuralField
 
@@ -16,27 +17,49 @@ BOUNDS = ((1000.0, -30.0), (1050.0, 10.0))  # [m] far from the origin, not squar
 def checkpoint(tmp_path_factory):
     """Return a small model with random corrections."""
     torch.manual_seed(5)
-    model = CMANP(CMANPConfig.field(2, 1, num_blocks=2, num_latents=9, num_latents_per_block=11))
+    memory = LeastSquaresConfig(lengths=(0.45, 1.4), noise_ratios=(0.01, 0.2))
+    sizes = {'num_blocks': 2, 'num_latents': 9, 'num_latents_per_block': 11}
+    model = CMANP(CMANPConfig.field(2, 1, **sizes, least_squares=memory))
     torch.nn.init.normal_(model.predictor[-1].weight, std=0.05)
     return save_model(model, tmp_path_factory.mktemp('model') / 'small.safetensors')
 
 
-@pytest.fixture
-def load(checkpoint):
+def loader(checkpoint, **options):
     """Return a function that makes an empty map."""
+    options = {'bounds': BOUNDS, 'value_offset': 300.0, 'value_scale': 20.0} | options
 
     def load(**kwargs):
-        return NeuralField.load(
-            checkpoint, **{'bounds': BOUNDS, 'value_offset': 300.0, 'value_scale': 20.0, **kwargs}
-        )
+        return NeuralField.load(checkpoint, **options | kwargs)
 
     return load
+
+
+@pytest.fixture(params=['tiles', 'one tile'])
+def load(request, checkpoint):
+    """Return a function that makes an empty map: without a border, or of a workspace."""
+    return loader(checkpoint, one_tile=request.param == 'one tile')
+
+
+@pytest.fixture
+def load_tiles(checkpoint):
+    return loader(checkpoint)
+
+
+@pytest.fixture
+def load_one_tile(checkpoint):
+    return loader(checkpoint, one_tile=True)
 
 
 def observations(count, seed=0):
     """Return locations (n, 2) [m] and values (n,) in the workspace."""
     x = np.random.default_rng(seed).uniform(*BOUNDS, (count, 2))
     return x, 300 + 20 * np.sin(x[:, 0] / 7) * np.cos(x[:, 1] / 9)
+
+
+def assert_same_prediction(found, expected):
+    """Compare means and stddevs to what float32 can hold, in the network and in covariances."""
+    for part, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(part, other, rtol=0, atol=20 * 1e-6)
 
 
 def test_prediction_near_observations_follows_them_in_field_units(load):
@@ -59,24 +82,44 @@ def test_order_and_chunks_do_not_matter(load):
     for start in (80, 0, 37):
         chunk = slice(start, {80: 97, 0: 37, 37: 80}[start])
         parts.observe(x[chunk], y[chunk])
-    np.testing.assert_allclose(whole.predict(x)[0], parts.predict(x)[0], rtol=1e-6)
+    assert_same_prediction(parts.predict(x), whole.predict(x))
 
 
-def test_points_that_cannot_be_used_are_counted_and_left_out(load):
-    field, clean = load(), load()
+BAD_X = np.array([[np.nan, 0], [1020, -50], [1010, 0], [1010, 0], [0, 0], [1e30, 0]])
+BAD_Y = np.array([300, 300, np.inf, 1e30, np.nan, 300])
+
+
+def observe_beside_bad_points(field):
+    x, y = observations(31)
+    return field.observe(np.concatenate([BAD_X, x]), np.concatenate([BAD_Y, y]))
+
+
+def test_points_that_cannot_be_used_are_counted_and_left_out(load_one_tile):
+    field, clean = load_one_tile(), load_one_tile()
     x, y = observations(31)
     clean.observe(x, y)
-    bad_x = np.array([[np.nan, 0], [1020, -50], [1010, 0], [1010, 0], [0, 0]])
-    bad_y = np.array([300, 300, np.inf, 1e30, np.nan])
-    observed = field.observe(np.concatenate([bad_x, x]), np.concatenate([bad_y, y]))
-    assert observed.folded == 31
-    assert observed.rejected == {'not_finite': 3, 'outside_workspace': 1, 'value_out_of_range': 1}
+    observed = observe_beside_bad_points(field)
+    assert observed.folded == field.num_observations == 31
+    assert observed.rejected == {'not_finite': 3, 'outside_workspace': 2, 'value_out_of_range': 1}
     np.testing.assert_array_equal(field.predict(x)[0], clean.predict(x)[0])
+
+
+def test_with_tiles_only_what_no_robot_can_reach_is_outside(load_tiles):
+    field, clean = load_tiles(), load_tiles()
+    x, y = observations(31)
+    clean.observe(np.concatenate([BAD_X[1:2], x]), np.concatenate([BAD_Y[1:2], y]))
+    observed = observe_beside_bad_points(field)
+    assert observed.folded == field.num_observations == 32
+    assert observed.rejected == {'not_finite': 3, 'outside_workspace': 1, 'value_out_of_range': 1}
+    x = np.concatenate([x, BAD_X[1:2]])
+    np.testing.assert_array_equal(field.predict(x)[0], clean.predict(x)[0])
+    assert field.predict(BAD_X[1:2])[1][0, 0] < 20
+    assert field.status(BAD_X).tolist() == [NOT_FINITE, OK, OK, OK, OK, OUTSIDE]
 
 
 def test_wrong_shapes_leave_the_map_unchanged(load):
     field = load()
-    before = field.state
+    before, prior = field.version, field.predict(observations(7)[0])
     for x, y, text in (
         (np.zeros((3, 3)), np.zeros(3), 'x has shape (3, 3), expected (n, 2)'),
         (np.zeros((3, 2)), np.zeros((3, 2)), 'y has shape (3, 2), expected (n, 1)'),
@@ -85,19 +128,55 @@ def test_wrong_shapes_leave_the_map_unchanged(load):
         with pytest.raises(InputError) as error:
             field.observe(x, y)
         assert text in str(error.value)
-    assert field.state is before
+    assert field.version == before
+    assert field.num_observations == field.num_tiles == 0
+    np.testing.assert_array_equal(field.predict(observations(7)[0]), prior)
 
 
-def test_empty_map_predicts_the_prior_and_so_does_a_target_outside(load):
-    field = load()
+def test_the_version_changes_with_the_map_and_with_nothing_else(load):
+    field, other = load(half_life_sec=10.0), load()
+    other.observe(*observations(5))
+    x, y = observations(7)
+    seen = [field.version]
+    for change in (
+        lambda: field.observe(x, y),
+        lambda: field.forget(3.0),
+        lambda: field.merge(other),
+        lambda: field.reset(),
+    ):
+        change()
+        seen.append(field.version)
+        field.predict(x)
+        field.predict_joint(x)
+        field.sample(x, 2)
+        field.observe(x[:0], y[:0])
+        field.observe(x, np.full_like(y, np.nan))
+        assert field.version == seen[-1]
+    assert len(set(seen)) == 5
+
+
+def test_empty_map_predicts_the_prior_and_so_does_a_target_outside(load_one_tile):
+    field = load_one_tile()
     x = np.array([[1025.0, -10.0], [0.0, 0.0], [np.nan, 0.0]])
     assert field.status(x).tolist() == [OK, OUTSIDE, NOT_FINITE]
     mean, stddev = field.predict(x)
     assert mean[0] == mean[1] and stddev[0] == stddev[1]
-    assert abs(mean[0, 0] - 300) < 10 and 5 < stddev[0, 0] < 60
+    assert mean[0, 0] == 300 and stddev[0, 0] == 20
     assert np.isnan(mean[2, 0]) and np.isnan(stddev[2, 0])
     field.observe(*observations(59))
     assert field.predict(x)[1][1] == stddev[1], 'the prior outside does not change'
+
+
+def test_an_empty_map_of_tiles_predicts_the_prior_and_so_does_one_far_from_data(load_tiles):
+    field = load_tiles()
+    x = np.array([[1025.0, -10.0], [-1e6, 3e6], [1e30, 0.0], [np.nan, 0.0]])
+    assert field.status(x).tolist() == [OK, OK, OUTSIDE, NOT_FINITE]
+    for known in (False, True):
+        mean, stddev = field.predict(x)
+        assert (stddev[0, 0] < 20) == known and (mean[0, 0] != 300) == known
+        assert mean[1:3, 0].tolist() == [300, 300] and stddev[1:3, 0].tolist() == [20, 20]
+        assert np.isnan(mean[3, 0]) and np.isnan(stddev[3, 0])
+        field.observe(*observations(59))
 
 
 def test_joint_prediction_agrees_with_the_marginals(load):
@@ -106,9 +185,22 @@ def test_joint_prediction_agrees_with_the_marginals(load):
     x = np.concatenate([observations(13, seed=2)[0], [[0.0, 0.0]]])
     mean, stddev, covariance = field.predict_joint(x)
     np.testing.assert_allclose(mean, field.predict(x)[0])
+    np.testing.assert_allclose(stddev, field.predict(x)[1], rtol=1e-5)
     np.testing.assert_allclose(np.sqrt(np.diag(covariance[0])), stddev[:, 0])
+    np.testing.assert_allclose(covariance[0], covariance[0].T)
     assert np.linalg.eigvalsh(covariance[0]).min() > 0
-    assert not covariance[0, -1, :-1].any(), 'outside is independent'
+    if field.status(x)[-1] == OUTSIDE:
+        assert not covariance[0, -1, :-1].any(), 'outside is independent'
+
+
+def test_joint_prediction_is_not_a_number_where_the_location_is_not(load):
+    field = load()
+    field.observe(*observations(61))
+    x = np.concatenate([[[1010.0, np.nan]], observations(5, seed=2)[0]])
+    mean, stddev, covariance = field.predict_joint(x)
+    assert np.isnan(mean[0, 0]) and np.isnan(stddev[0, 0])
+    assert np.isnan(covariance[0, 0]).all() and np.isnan(covariance[0, :, 0]).all()
+    assert np.isfinite(covariance[0, 1:, 1:]).all()
 
 
 def test_samples_with_one_seed_are_one_field(load):
@@ -121,6 +213,32 @@ def test_samples_with_one_seed_are_one_field(load):
     assert np.abs(whole - field.sample(x, 7, seed=12)).max() > 0.1
 
 
+def test_samples_have_the_mean_and_the_spread_of_the_prediction(load):
+    field, count = load(), 4001
+    field.observe(*observations(61))
+    x = observations(17, seed=3)[0]
+    samples = field.sample(x, count, seed=11)[..., 0]
+    mean, _, covariance = field.predict_joint(x)
+    stddev = samples.std(0)
+    assert np.abs((samples.mean(0) - mean[:, 0]) / stddev).max() < 5 / count**0.5
+    share = stddev / np.sqrt(np.diag(covariance[0]))
+    assert share.max() < 1 + 5 / (2 * count) ** 0.5 and share.min() < 0.9, 'they have no noise'
+    found = np.cov(samples.T)
+    np.fill_diagonal(found, covariance[0].diagonal())
+    error = (found - covariance[0]) / stddev / stddev[:, None]
+    assert np.abs(error).max() < 8 / count**0.5
+
+
+def test_samples_outside_come_from_the_prior(load_one_tile):
+    field = load_one_tile()
+    field.observe(*observations(61))
+    samples = field.sample(np.array([[0.0, 0.0], [1.0, 1.0], [np.nan, 0.0]]), 4001, seed=3)[..., 0]
+    assert np.abs(samples[:, :2].mean(0) - 300).max() < 5 * 20 / 4001**0.5
+    np.testing.assert_allclose(samples[:, :2].std(0), 20, rtol=0.05)
+    assert abs(np.corrcoef(samples[:, :2].T)[0, 1]) < 0.1
+    assert np.isnan(samples[:, 2]).all()
+
+
 def test_merge_equals_one_map_with_all_observations(load):
     (xa, ya), (xb, yb) = observations(43), observations(71, seed=4)
     a, b, both = load(), load(), load()
@@ -129,44 +247,132 @@ def test_merge_equals_one_map_with_all_observations(load):
     both.observe(np.concatenate([xa, xb]), np.concatenate([ya, yb]))
     a.merge(b)
     assert a.num_observations == 114
-    for merged, joint in zip(a.predict(xa), both.predict(xa), strict=True):
-        np.testing.assert_allclose(merged, joint, rtol=1e-6)
+    assert_same_prediction(a.predict(xa), both.predict(xa))
 
 
 def test_merge_of_maps_that_do_not_fit_says_why_and_changes_nothing(load):
     field = load()
-    before = field.state
-    with pytest.raises(StateMismatchError, match='use the same bounds'):
+    x, y = observations(23)
+    field.observe(x, y)
+    before, prediction = field.version, field.predict(x)
+    with pytest.raises(StateMismatchError, match='use the same value_offset and value_scale'):
         field.merge(load(value_offset=1.0))
+    with pytest.raises(StateMismatchError, match='use the same tile_size, or the same bounds'):
+        field.merge(load(bounds=((1000.0, -30.0), (1060.0, 10.0))))
     other = NeuralField.load(bounds=BOUNDS)
     with pytest.raises(StateMismatchError, match='use one checkpoint for both'):
         field.merge(other)
-    assert field.state is before
+    assert field.version == before
+    np.testing.assert_array_equal(field.predict(x), prediction)
 
 
-def test_restored_map_predicts_bit_for_bit_what_was_saved(load, checkpoint, tmp_path):
+def assert_same_tiles(found, expected):
+    """Compare two maps bit for bit."""
+    assert found.geometry == expected.geometry
+    assert found.normalization == expected.normalization
+    assert found.num_observations == expected.num_observations
+    (keys, state), (other_keys, other) = found.world.export(), expected.world.export()
+    assert keys == other_keys
+    assert_states_close(state, other, rtol=0, atol=0)
+
+
+def test_restored_map_holds_bit_for_bit_what_was_saved(load, checkpoint, tmp_path):
     field = load()
     field.observe(*observations(53))
     path = tmp_path / 'map.safetensors'
     field.save(path, frame='map')
     restored = NeuralField.restore(path, checkpoint)
-    assert restored.normalization == field.normalization
+    assert_same_tiles(restored, field)
     x = observations(19, seed=5)[0]
-    for saved, loaded in zip(field.predict(x), restored.predict(x), strict=True):
-        np.testing.assert_array_equal(saved, loaded)
+    assert_same_prediction(restored.predict(x), field.predict(x))
     with pytest.raises(CheckpointError, match='load it with the checkpoint that made it'):
         NeuralField.restore(path)
 
 
-def test_reset_gives_the_prior_and_size_never_changes(load):
+@pytest.mark.parametrize(
+    'one_tile', [True, pytest.param(False, marks=pytest.mark.xfail(reason='order of rows'))]
+)
+def test_restored_map_predicts_bit_for_bit_what_was_saved(
+    load_tiles, checkpoint, tmp_path, one_tile
+):
+    field = load_tiles(one_tile=one_tile)
+    field.observe(*observations(53))
+    path = tmp_path / 'map.safetensors'
+    field.save(path)
+    restored, x = NeuralField.restore(path, checkpoint), observations(19, seed=5)[0]
+    for saved, loaded in zip(field.predict(x), restored.predict(x), strict=True):
+        np.testing.assert_array_equal(saved, loaded)
+
+
+def test_an_empty_map_can_be_saved_and_restored(load, checkpoint, tmp_path):
+    path = tmp_path / 'map.safetensors'
+    load().save(path)
+    restored = NeuralField.restore(path, checkpoint)
+    assert restored.num_observations == restored.num_tiles == 0
+    assert restored.predict(np.array([[1025.0, -10.0]]))[0] == 300
+
+
+def test_reset_gives_the_prior_and_the_size_of_a_tile_never_changes(load):
     field = load()
     x, y = observations(211)
-    prior, size = field.predict(x), field.state_nbytes
+    prior, size = field.predict(x), field.tile_nbytes
     field.observe(x, y)
-    assert field.state_nbytes == size
+    assert field.num_tiles == field.num_tiles_in_memory > 0
+    assert field.tile_nbytes == size
     field.reset()
-    assert field.num_observations == 0
+    assert field.num_observations == field.num_tiles == 0
+    assert field.tile_nbytes == size
     np.testing.assert_array_equal(field.predict(x), prior)
+
+
+def test_memory_does_not_depend_on_how_much_was_observed(load):
+    field, sizes = load(), []
+    x, y = observations(211)
+    for _ in range(3):
+        field.observe(x, y)
+        field.predict(x)
+        sizes.append(field.state_nbytes)
+    assert sizes[0] == sizes[1] == sizes[2] > field.tile_nbytes
+    assert field.num_tiles_dropped == 0
+
+
+def test_a_map_in_a_store_is_there_when_it_is_loaded_again(load, tmp_path):
+    path, x = tmp_path / 'map.db', observations(19, seed=5)[0]
+    field = load(store=path)
+    field.observe(*observations(53))
+    expected, keys = field.predict(x), field.num_tiles
+    field.close()
+    again = load(store=path)
+    assert (again.num_observations, again.num_tiles) == (53, keys)
+    assert again.num_tiles_in_memory == 0
+    assert_same_prediction(again.predict(x), expected)
+    in_memory = load()
+    in_memory.observe(*observations(53))
+    assert_same_tiles(again, in_memory)
+    again.reset()
+    again.close()
+    empty = load(store=path)
+    assert empty.num_observations == empty.num_tiles == 0
+    empty.close()
+
+
+def test_a_store_of_another_map_is_refused(load, tmp_path):
+    load(store=tmp_path / 'map.db').close()
+    with pytest.raises(CheckpointError, match='belongs to another map'):
+        load(store=tmp_path / 'map.db', value_scale=3.0)
+
+
+def test_an_offset_told_beforehand_changes_nothing_else(load):
+    x, y = observations(211)
+    relief = (y - 300) / 20 * 1e-3
+    answers = []
+    for offset in (0.0, 4000.0):
+        field = load(value_offset=offset, value_scale=1e-3)
+        field.observe(x, offset + relief)
+        mean, stddev = field.predict(observations(83, seed=1)[0])
+        answers.append((mean - offset, stddev))
+    for found, expected in zip(*answers, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * 1e-3)
 
 
 def test_forgotten_observations_lose_to_new_ones(load):
@@ -183,6 +389,18 @@ def test_forgotten_observations_lose_to_new_ones(load):
         field.forget(-1.0)
 
 
+@pytest.mark.parametrize('half_lives', [20, 100])
+def test_a_forgotten_map_is_about_as_certain_as_an_empty_one(load, half_lives):
+    field = load(half_life_sec=10.0)
+    x, y = observations(151)
+    field.observe(x, y)
+    field.forget(half_lives * 10.0)
+    mean, stddev = field.predict(x)
+    assert ((10 < stddev) & (stddev < 40)).all()
+    # Relief is forgotten; what stays is the mean of what each tile once held.
+    assert np.abs(mean - 300).max() < 15 and (np.abs(mean - 300) < stddev).all()
+
+
 @pytest.mark.parametrize(
     ('arguments', 'error', 'text'),
     [
@@ -190,12 +408,25 @@ def test_forgotten_observations_lose_to_new_ones(load):
         ({'bounds': ((0, 0), (1, 0))}, ConfigError, 'every lower below its upper'),
         ({'value_scale': 0.0}, ConfigError, 'value_scale 0.0'),
         ({'device': 'abacus'}, ConfigError, "'cpu' always can"),
+        ({'max_tiles': 0}, ConfigError, 'max_tiles is 0, expected at least 1'),
     ],
 )
 def test_map_that_cannot_be_made_says_why(load, arguments, error, text):
     with pytest.raises(error) as caught:
         load(**arguments)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize('size', [0.0, -1.0, np.inf, np.nan])
+def test_tiles_have_a_positive_size(load_tiles, size):
+    with pytest.raises(ConfigError) as error:
+        load_tiles(tile_size=size)
+    assert str(error.value) == f'tile_size is {size}, expected a positive length [m]'
+
+
+def test_tiles_are_a_tenth_of_the_longest_side_unless_told_otherwise(load_tiles):
+    assert load_tiles().geometry.tile_size == 50 / 10
+    assert load_tiles(tile_size=3.0).geometry.tile_size == 3.0
 
 
 def test_unknown_checkpoint_names_those_that_exist():

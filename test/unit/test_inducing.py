@@ -34,9 +34,9 @@ def test_features_are_the_same_in_every_model():
 
 @pytest.mark.parametrize('dim_y', [1, 3])
 def test_value_features_are_bounded_and_tell_values_apart(dim_y):
-    y = torch.tensor([-1e6, -4.0, 0.0, 0.01, 0.02, 4.0, 1e6]).double()
+    y = torch.tensor([-1e6, -4.0, 0.0, 0.001, 0.002, 0.01, 0.02, 4.0, 1e6]).double()
     features = inducing.value_features(y.unsqueeze(-1).expand(-1, dim_y))
-    assert features.shape == (7, 21 * dim_y)
+    assert features.shape == (9, 25 * dim_y)
     assert (features.abs() <= 4).all()
     assert torch.cdist(features, features).fill_diagonal_(1).min() > 0.1
 

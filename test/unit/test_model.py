@@ -12,6 +12,9 @@ import cmanp_ros.core.model
 from cmanp_ros.core import CMANP, CMANPConfig, attention, forget, least_squares, merge
 from cmanp_ros.core.attention import AttentionSums
 from cmanp_ros.core.errors import InputError
+from cmanp_ros.core.lattice import OneTile
+from cmanp_ros.core.state import select
+from cmanp_ros.core.world import World
 
 N, N_TARGET = 13, 7
 TOLERANCE = {
@@ -110,6 +113,60 @@ def test_update_with_no_points_leaves_state_unchanged(model):
         assert_states_close(model.update(state, x[:, :0], y[:, :0]), state, rtol=0, atol=0)
 
 
+def ragged(n):
+    """Return which of n points are there: another number in each row, none in the second."""
+    mask = torch.rand(3, n) < 0.6
+    mask[0, 0], mask[0, -1], mask[1] = False, True, False
+    mask[2, :5] = False  # a whole chunk
+    return mask
+
+
+@pytest.mark.parametrize('junk', [0.0, -1e9])
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+def test_masked_points_are_the_same_as_points_left_out(variant, dtype, junk):
+    model, (x, y) = build(variant, dtype), points(variant, N, batch=3, dtype=dtype)
+    before, mask = points(variant, 2, batch=3, dtype=dtype), ragged(N)
+    padded = (torch.where(mask.unsqueeze(-1), part, junk) for part in (x, y))
+    start = folded(model, *before)
+    together = model.update(start, *padded, mask)
+    assert together.num_observations.tolist() == (2 + mask.sum(1)).tolist()
+    for row in range(3):
+        kept = x[row, mask[row]].unsqueeze(0), y[row, mask[row]].unsqueeze(0)
+        alone = model.update(select(start, slice(row, row + 1)), *kept)
+        found = select(together, slice(row, row + 1))
+        assert_states_close(found, alone, **TOLERANCE[dtype])
+        assert_same_predictions(model, found, alone, TOLERANCE[dtype])
+
+
+def test_a_row_with_no_points_of_its_own_keeps_its_state(model):
+    x, y = points(model.config, N, batch=3)
+    for start in (model.init_state(3), folded(model, *points(model.config, 2, batch=3))):
+        state = model.update(start, x, y, ragged(N))
+        assert_states_close(select(state, [1]), select(start, [1]), rtol=0, atol=0)
+
+
+def test_a_mask_that_keeps_all_changes_nothing(model):
+    x, y = points(model.config, N, batch=3)
+    state = model.update(model.init_state(3), x, y, torch.full((3, N), True))
+    assert_states_close(state, folded(model, x, y), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_masked_points_have_no_part_in_gradients(preset):
+    model, gradients = build(PRESETS[preset]()).requires_grad_(True), []
+    x, y = points(model.config, N)
+    mask = ragged(N)[:1]
+    for kept in (slice(None), mask[0]):
+        sums = model.encoder.fold(model.embed(x[:, kept], y[:, kept]), mask[:, kept])
+        model.zero_grad()
+        sum(z.square().sum() for z in model.latents(sums)).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    found, expected = gradients
+    assert found.keys() == expected.keys() and 'embedder.0.weight' in found
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], **EXACT)
+
+
 @pytest.mark.parametrize('chunk_size', [1, 7, 28, 29, 1024])
 def test_chunk_size_bounds_what_is_folded_at_once_and_never_the_result(
     model, monkeypatch, chunk_size
@@ -120,13 +177,13 @@ def test_chunk_size_bounds_what_is_folded_at_once_and_never_the_result(
     other.load_state_dict(model.state_dict())
     fold, sums = other.encoder.fold, least_squares.sums
 
-    def spy_fold(tokens):
+    def spy_fold(tokens, mask=None):
         seen.append(tokens.shape[1])
-        return fold(tokens)
+        return fold(tokens, mask)
 
-    def spy_sums(config, x, y):
+    def spy_sums(config, x, y, mask=None):
         seen.append(x.shape[1])
-        return sums(config, x, y)
+        return sums(config, x, y, mask)
 
     monkeypatch.setattr(other.encoder, 'fold', spy_fold)
     monkeypatch.setattr(least_squares, 'sums', spy_sums)
@@ -323,6 +380,60 @@ def merge_chunks(memory, x, y, chunk_size):
     for part in zip(x.split(chunk_size, 1), y.split(chunk_size, 1), strict=True):
         state = least_squares.merge(state, least_squares.sums(memory, *part))
     return state
+
+
+def decoded(model, state, x_target):
+    """Return what one tile answers, and its regression."""
+    encoding = model.encoding(state)
+    prior = model.regress(encoding, x_target)
+    return model.decode(encoding.projected, x_target, prior), prior
+
+
+def test_an_untrained_field_model_weights_its_answers_by_precision():
+    model = CMANP(small_models.field(dim_x=2, dim_y=3)).eval()
+    x_target = targets(model.config, batch=2)
+    state = folded(model, *points(model.config, N, batch=2))
+    found, prior = decoded(model, state, x_target)
+    assert (found.correction == 1).all()
+    precision = 1 / (prior.variance + prior.noise_variance)
+    torch.testing.assert_close(found.log_weight, precision.log(), **EXACT)
+
+
+def test_the_correction_is_that_of_the_stddev_of_the_regression(field):
+    x_target = targets(field.config, batch=2)
+    state = folded(field, *points(field.config, N, batch=2))
+    found, prior = decoded(field, state, x_target)
+    for part in found:
+        assert part.shape == (2, N_TARGET, 3) and part.dtype == torch.float64
+    stddev = (prior.variance + prior.noise_variance).sqrt()
+    torch.testing.assert_close(found.stddev, stddev * found.correction, **EXACT)
+    bias = found.log_weight + 2 * stddev.log()
+    deviation = (found.mean - prior.mean) / stddev
+    for value, limit in ((deviation, 2.0), (found.correction.log(), 1.5), (bias, 6.0)):
+        assert (value.abs() <= limit).all() and value.abs().max() > 0
+
+
+def test_answers_without_a_regression_are_neither_corrected_nor_weighted():
+    model = build(small_models.paper(dim_y=3))
+    state = folded(model, *points(model.config, N, batch=2))
+    found, prior = decoded(model, state, targets(model.config, batch=2))
+    assert prior is None
+    assert (found.correction == 1).all() and (found.log_weight == 0).all()
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+@pytest.mark.parametrize(('dim_x', 'dim_y'), [(1, 2), (2, 3), (3, 1)])
+def test_a_model_alone_predicts_as_a_world_of_its_only_tile(preset, dim_x, dim_y):
+    model = build(PRESETS[preset](dim_x, dim_y))
+    x, y = points(model.config, N)
+    world = World(model, OneTile((-2.0,) * dim_x, (2.0,) * dim_x))
+    world.fold(x[0], y[0])
+    x_target = targets(model.config)
+    mean, stddev = world.predict(x_target[0])
+    alone = model.predict(folded(model, x, y), x_target)
+    # A world keeps covariances in float32.
+    torch.testing.assert_close(mean, alone.mean[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(stddev, alone.stddev[0], rtol=1e-6, atol=1e-6)
 
 
 def test_forgotten_points_count_less(field):

@@ -10,7 +10,7 @@ import torch
 from cmanp_ros.core import CMANPConfig, LeastSquaresConfig, forget, merge
 from cmanp_ros.core.errors import InputError, StateMismatchError
 from cmanp_ros.core.least_squares import LeastSquaresSums
-from cmanp_ros.core.state import State, from_tensors
+from cmanp_ros.core.state import State, concatenate, from_tensors, select
 
 EXACT = {'rtol': 1e-12, 'atol': 1e-12}
 
@@ -177,6 +177,25 @@ def test_from_tensors_names_what_is_missing(model):
         del tensors[name]
         with pytest.raises(KeyError, match=name):
             from_tensors(tensors)
+
+
+@pytest.mark.parametrize('sizes', [(7,), (2, 5), (1, 3, 0, 3)])
+def test_concatenate_inverts_select(model, sizes):
+    state, start, parts = folded(model, 5, batch=7), 0, []
+    for size in sizes:
+        parts.append(select(state, slice(start, start + size)))
+        assert parts[-1].batch == size
+        start += size
+    small_models.assert_states_close(concatenate(parts), state, rtol=0, atol=0)
+
+
+def test_selected_tiles_come_in_the_order_asked_for(model):
+    state, order = folded(model, 5, batch=3), torch.tensor([2, 0, 2, 1])
+    found = select(state, order)
+    assert found.batch == 4
+    for name, tensor in found.tensors().items():
+        for row, tile in enumerate(order):
+            assert torch.equal(tensor[row], state.tensors()[name][tile]), name
 
 
 def test_states_are_compared_by_identity(model):

@@ -1,0 +1,183 @@
+"""
+Where tiles lie: square tiles on a lattice in several levels, or one tile over a workspace.
+
+In tile coordinates a tile spans [-2, 2] along every axis. On a lattice neighbouring tiles overlap
+by half, so that every location lies in two tiles of a level along each axis, and the squared
+cosine windows of a level add up to one everywhere.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmanp_ros.core.errors import ConfigError
+
+HALF_WIDTH = 2.0  # of a tile, in tile coordinates
+FARTHEST = 2.0**40  # [tiles] from the origin: beyond it neighbours could not be told apart
+
+
+class Cover(NamedTuple):
+    """Pairs of a location and a tile that covers it, float64 and int64."""
+
+    index: Tensor
+    """(pairs,): which location."""
+    key: Tensor
+    """(pairs, 1 + dim_x): level and lattice index of the tile."""
+    x: Tensor
+    """(pairs, dim_x): the location in tile coordinates."""
+    window: Tensor
+    """(pairs,): weight of the tile, 0 at its border."""
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """
+    An unbounded lattice; the origin of the map frame is a corner of a tile in every level.
+
+    Tile k of a level with spacing h spans [k h, (k + 2) h] along each axis.
+    """
+
+    tile_size: float
+    """[m] spacing of the finest tiles; each spans two of them."""
+    dim_x: int
+    num_levels: int
+    level_factor: int
+    """How many times larger the tiles of each level are than those of the one before."""
+
+    def __post_init__(self):
+        if not 0 < self.tile_size < float('inf'):
+            raise ConfigError(f'tile_size is {self.tile_size}, expected a positive length [m]')
+        object.__setattr__(self, 'tile_size', float(self.tile_size))
+
+    def spacing(self, level: int | Tensor):
+        """Return the distance [m] between neighbouring tiles of a level; 0 is the finest."""
+        return self.tile_size * self.level_factor**level
+
+    def contains(self, x: Tensor) -> Tensor:
+        """Return which locations (n, dim_x) [m] can be covered, (n,) bool; NaN can not."""
+        return ((x.double() / self.tile_size).abs() < FARTHEST).all(-1)
+
+    def cover(self, x: Tensor, level: int | None = None) -> Cover:
+        """
+        Return every tile that covers each location.
+
+        :param x: (n, dim_x) [m].
+        :param level: of which level only; None: of all.
+        """
+        levels = range(self.num_levels) if level is None else (level,)
+        return Cover(*map(torch.cat, zip(*(self._cover(x, one) for one in levels), strict=True)))
+
+    def _cover(self, x, level):
+        position = x.double() / self.spacing(level)  # (n, dim_x)
+        cell = position.floor()
+        steps = torch.tensor(list(product((0, 1), repeat=self.dim_x)), device=x.device)
+        tile = cell.unsqueeze(1) - steps  # (n, 2**dim_x, dim_x)
+        u = HALF_WIDTH * (position.unsqueeze(1) - tile - 1)
+        window = torch.cos(u * (torch.pi / 4)).square().prod(-1)
+        key = torch.nn.functional.pad(tile.long(), (1, 0), value=level)
+        index = torch.arange(len(x), device=x.device).repeat_interleave(len(steps))
+        return index, key.flatten(0, 1), u.flatten(0, 1), window.flatten()
+
+    def order(self, x: Tensor) -> Tensor:
+        """Return an order (n,) of locations in which those of a tile of any level are together."""
+        levels = reversed(range(self.num_levels))
+        cells = torch.cat([(x.double() / self.spacing(level)).floor() for level in levels], 1)
+        return cells.unique(dim=0, return_inverse=True)[1].argsort(stable=True)
+
+    def neighbours(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Return the tiles around each tile, itself among them.
+
+        :param key: (n, 1 + dim_x).
+        :return: keys (n, 3**dim_x, 1 + dim_x) and distances (3**dim_x,) in tiles.
+        """
+        steps = torch.tensor(list(product((-1, 0, 1), repeat=self.dim_x)), device=key.device)
+        around = key.unsqueeze(1) + torch.nn.functional.pad(steps, (1, 0))
+        return around, steps.double().norm(dim=-1)
+
+    def center(self, key: Tensor) -> Tensor:
+        """Return the centers [m] of tiles (n, 1 + dim_x), (n, dim_x)."""
+        return (key[:, 1:] + 1) * self.spacing(key[:, :1].double())
+
+    def to_dict(self) -> dict:
+        """Return plain values, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class OneTile:
+    """
+    A single tile over a workspace, as in the paper; its longest axis spans [-2, 2].
+    """
+
+    lower: Sequence[float]
+    """[m] lower corner of the workspace."""
+    upper: Sequence[float]
+    """[m] upper corner."""
+    num_levels = 1
+
+    def __post_init__(self):
+        check_bounds(self.lower, self.upper)
+        object.__setattr__(self, 'lower', tuple(float(v) for v in self.lower))
+        object.__setattr__(self, 'upper', tuple(float(v) for v in self.upper))
+
+    @property
+    def dim_x(self) -> int:
+        """Return the numbers per location."""
+        return len(self.lower)
+
+    def contains(self, x: Tensor) -> Tensor:
+        """Return which locations (n, dim_x) [m] lie in the workspace; NaN does not."""
+        lower, upper = (x.new_tensor(corner) for corner in (self.lower, self.upper))
+        return ((x >= lower) & (x <= upper)).all(-1)
+
+    def cover(self, x: Tensor, level: int | None = None) -> Cover:
+        """Return the one tile for each location (n, dim_x) [m]; see `Lattice.cover`."""
+        lower = torch.tensor(self.lower, dtype=torch.float64, device=x.device)
+        upper = torch.tensor(self.upper, dtype=torch.float64, device=x.device)
+        half = (upper - lower).max() / 2
+        u = HALF_WIDTH * (x.double() - (lower + upper) / 2) / half
+        index = torch.arange(len(x), device=x.device)
+        key = torch.zeros(len(x), 1 + self.dim_x, dtype=torch.int64, device=x.device)
+        return Cover(index, key, u, torch.ones_like(u[:, 0]))
+
+    def order(self, x: Tensor) -> Tensor:
+        """Return the locations (n, dim_x) as they come; see `Lattice.order`."""
+        return torch.arange(len(x), device=x.device)
+
+    def neighbours(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each tile alone; see `Lattice.neighbours`."""
+        return key.unsqueeze(1), torch.zeros(1, dtype=torch.float64, device=key.device)
+
+    def to_dict(self) -> dict:
+        """Return plain values, ready for JSON."""
+        return asdict(self)
+
+
+def geometry(values: dict) -> Lattice | OneTile:
+    """Build what `to_dict` gave."""
+    return Lattice(**values) if 'tile_size' in values else OneTile(**values)
+
+
+def check_bounds(lower, upper):
+    """
+    Check the corners of a workspace.
+
+    :raises ConfigError: unless they are finite, equally long, and lower is below upper.
+    """
+    if len(lower) != len(upper) or not len(lower):
+        raise ConfigError(
+            f'bounds {lower} and {upper} have {len(lower)} and {len(upper)} numbers, expected as '
+            'many as a location has'
+        )
+    corners = torch.tensor(
+        [[float(v) for v in corner] for corner in (lower, upper)], dtype=torch.float64
+    )
+    if not (corners.isfinite().all() and (corners[0] < corners[1]).all()):
+        raise ConfigError(
+            f'bounds {lower} and {upper}: expected finite corners, every lower below its upper [m]'
+        )

@@ -1,0 +1,251 @@
+"""
+The tiles in memory: states side by side in tensors, and which tile lies in which row.
+
+At most `max_tiles` stay in memory. The least recently used go to a store and come back bit for
+bit; without a store they are dropped and counted.
+"""
+
+import math
+from collections import OrderedDict
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from cmanp_ros.core import state as states
+from cmanp_ros.core.errors import ConfigError, InputError
+from cmanp_ros.core.state import State
+
+Key = tuple[int, ...]
+"""Level and lattice index."""
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Where tiles go that do not fit in memory; see `cmanp_ros.store`."""
+
+    def __contains__(self, key: Key) -> bool:
+        """Tell whether the tile was ever written."""
+
+    def keys(self) -> list[Key]:
+        """Return every tile written."""
+
+    def read(self, keys: list[Key]) -> list[bytes]:
+        """Return tiles written before."""
+
+    def write(self, rows: dict[Key, bytes], extra: dict) -> None:
+        """Write tiles and `extra`, all or nothing."""
+
+    @property
+    def extra(self) -> dict:
+        """Plain values written last; empty at first."""
+
+
+class Tiles:
+    """
+    States of tiles by key. Rows move when tiles are paged: look rows up again after `rows`.
+    """
+
+    def __init__(self, model, max_tiles: int, store: Store | None = None):
+        """
+        Start without tiles.
+
+        :param max_tiles: in memory.
+        """
+        if max_tiles < 1:
+            raise ConfigError(f'max_tiles is {max_tiles}, expected at least 1')
+        self._model, self.max_tiles, self.store = model, max_tiles, store
+        self.num_dropped = 0
+        """Tiles lost for want of a store."""
+        self.clear()
+
+    @torch.inference_mode(False)  # tensors that can be changed in either mode
+    def clear(self):
+        """Start again with what the store holds."""
+        self._row_of: OrderedDict[Key, int] = OrderedDict()  # least recently used first
+        self._free = list(range(min(16, self.max_tiles)))[::-1]
+        self.totals = {'num_observations': 0, 'log_fading': 0.0}
+        if self.store is not None:
+            self.totals |= self.store.extra
+        empty = self._model.init_state(1).tensors()
+        self._empty = empty | {'faded': torch.zeros(1, dtype=torch.float64)}
+        self._tensors = self._extended({}, len(self._free))
+        self._dirty = torch.zeros(len(self._free), dtype=torch.bool)
+        self._version = torch.zeros(len(self._free), dtype=torch.int64)
+        self._changes = 0
+        self._num_tiles = len(self.store.keys()) if self.store is not None else 0
+
+    def __len__(self):
+        """Return the number of tiles, in memory or in the store."""
+        return self._num_tiles
+
+    def __contains__(self, key: Key) -> bool:
+        """Tell whether the tile exists, in memory or in the store."""
+        return key in self._row_of or (self.store is not None and key in self.store)
+
+    @property
+    def num_in_memory(self) -> int:
+        """Tiles in memory."""
+        return len(self._row_of)
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the tensors, used or not."""
+        return len(self._dirty)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the states [bytes]."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def keys(self) -> list[Key]:
+        """Return every tile, in memory or in the store, in order."""
+        return sorted({*self._row_of, *(self.store.keys() if self.store is not None else ())})
+
+    def version(self, rows: Tensor) -> Tensor:
+        """Return numbers (n,) that change whenever the content of a row does."""
+        return self._version[rows]
+
+    def rows(self, keys: list[Key], create: bool = False) -> Tensor:
+        """
+        Bring tiles into memory and return their rows, (n,) int64; -1 for one that is nowhere.
+
+        :param create: make what is nowhere.
+        :raises ConfigError: when more are asked for at once than fit in memory.
+        """
+        missing = []
+        for key in dict.fromkeys(keys):
+            if key in self._row_of:
+                self._row_of.move_to_end(key)
+            elif create or key in self:
+                missing.append(key)
+        if missing:
+            self._bring(missing, len(missing) + len(self._row_of.keys() & keys))
+        rows = torch.tensor([self._row_of.get(key, -1) for key in keys], dtype=torch.int64)
+        self._fade(rows[rows >= 0])
+        return rows
+
+    def forget(self, factor: float):
+        """
+        Weight all tiles by `factor`; each is multiplied when it is next looked at.
+
+        :raises InputError: for a factor outside (0, 1].
+        """
+        if not 0 < factor <= 1:
+            raise InputError(f'forget by {factor!r}: expected a factor in (0, 1]')
+        self.totals['log_fading'] += math.log(factor)
+
+    def _fade(self, rows):
+        behind = self.totals['log_fading'] - self._tensors['faded'][rows]
+        for difference in behind.unique().tolist():
+            if difference != 0:
+                some = rows[behind == difference]
+                factor = math.exp(max(difference, -700.0))  # below it underflows to 0
+                self.put(some, states.forget(self.state(some), factor))
+                self._tensors['faded'][some] = self.totals['log_fading']
+
+    def state(self, rows: Tensor) -> State:
+        """Return a copy of the states in these rows."""
+        return _state({name: part[rows] for name, part in self._tensors.items()})
+
+    def put(self, rows: Tensor, state: State):
+        """Replace the states in these rows."""
+        self._put(rows, state.tensors())
+        self._dirty[rows] = True
+
+    def flush(self):
+        """Write every tile that changed since it was last written to the store."""
+        if self.store is not None:
+            self._write([key for key, row in self._row_of.items() if self._dirty[row]])
+            if self.store.extra != self.totals:  # forgetting alone changes no tile
+                self.store.write({}, self.totals)
+
+    def to_bytes(self, keys: list[Key]) -> list[bytes]:
+        """Return the content of tiles, in memory or in the store."""
+        in_memory = [key for key in keys if key in self._row_of]
+        found = dict(zip(in_memory, self._packed(in_memory), strict=True)) if in_memory else {}
+        stored = [key for key in keys if key not in found]
+        if stored:
+            found |= dict(zip(stored, self.store.read(stored), strict=True))
+        return [found[key] for key in keys]
+
+    def _unpacked(self, contents):
+        data = torch.frombuffer(bytearray(b''.join(contents)), dtype=torch.uint8)
+        data, start, tensors = data.view(len(contents), -1), 0, {}
+        for name, empty in self._empty.items():
+            end = start + empty.nbytes
+            flat = data[:, start:end].contiguous().view(empty.dtype)
+            tensors[name] = flat.view(-1, *empty.shape[1:]).to(empty.device)
+            start = end
+        return tensors
+
+    def _put(self, rows, tensors):
+        for name, value in tensors.items():
+            self._tensors[name][rows] = value
+        self._changes += 1
+        self._version[rows] = self._changes
+
+    def _bring(self, keys, needed):
+        if needed > self.max_tiles:
+            raise ConfigError(
+                f'{needed} tiles are needed at once, max_tiles is {self.max_tiles}: allow more'
+            )
+        self._make_room(len(keys), needed)
+        rows = [self._free.pop() for _ in keys]
+        self._row_of |= zip(keys, rows, strict=True)
+        rows = torch.tensor(rows)
+        self._put(rows, self._empty)
+        self._tensors['faded'][rows] = self.totals['log_fading']
+        self._dirty[rows] = False
+        stored = [i for i, key in enumerate(keys) if self.store is not None and key in self.store]
+        if stored:
+            contents = self.store.read([keys[i] for i in stored])
+            self._put(rows[stored], self._unpacked(contents))
+        self._num_tiles += len(keys) - len(stored)
+
+    @torch.inference_mode(False)
+    def _make_room(self, count, needed):
+        """Have `count` free rows; the `needed` most recently used tiles stay."""
+        grown = min(max(2 * self.capacity, self.capacity + count), self.max_tiles) - self.capacity
+        if len(self._free) < count and grown > 0:
+            self._free = [*range(self.capacity, self.capacity + grown)][::-1] + self._free
+            self._tensors = self._extended(self._tensors, grown)
+            self._dirty = torch.cat([self._dirty, torch.zeros(grown, dtype=torch.bool)])
+            self._version = torch.cat([self._version, torch.zeros(grown, dtype=torch.int64)])
+        excess = count - len(self._free)
+        if excess > 0:  # some more at once: a transaction each time would be slow
+            spare = len(self._row_of) - (needed - count)
+            self._evict(list(self._row_of)[: min(max(excess, self.max_tiles // 16), spare)])
+
+    def _evict(self, keys):
+        if self.store is not None:
+            self._write([key for key in keys if self._dirty[self._row_of[key]]])
+        else:
+            self.num_dropped += len(keys)
+            self._num_tiles -= len(keys)
+        self._free += [self._row_of.pop(key) for key in keys]
+
+    def _write(self, keys):
+        if keys:
+            self.store.write(dict(zip(keys, self._packed(keys), strict=True)), self.totals)
+            self._dirty[[self._row_of[key] for key in keys]] = False
+
+    def _packed(self, keys):
+        rows = [self._row_of[key] for key in keys]
+        parts = [self._tensors[name][rows].cpu().contiguous() for name in self._empty]
+        parts = [part.view(len(rows), -1).view(torch.uint8) for part in parts]
+        return [row.numpy().tobytes() for row in torch.cat(parts, 1)]
+
+    def _extended(self, tensors, count):
+        more = {
+            name: empty.expand(count, *empty.shape[1:]).clone()
+            for name, empty in self._empty.items()
+        }
+        return {
+            name: torch.cat([tensors[name], part]) if tensors else part
+            for name, part in more.items()
+        }
+
+
+def _state(tensors):
+    return states.from_tensors({k: v for k, v in tensors.items() if k != 'faded'})

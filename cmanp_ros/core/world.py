@@ -1,0 +1,502 @@
+"""
+A world of tiles: fold points into every tile that covers them, predict from the tiles that do.
+
+Levels of tiles fold the same points. A tile takes its hyperparameters from the evidence of its
+neighbours and itself, and the prior of its amplitude from the coarsest tiles above it.
+Every prediction is a function of the states alone: order, batches and paging do not matter.
+"""
+
+import math
+from hashlib import sha256
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmanp_ros.core import blending, least_squares
+from cmanp_ros.core.blending import Mixture
+from cmanp_ros.core.errors import StateMismatchError
+from cmanp_ros.core.lattice import Cover, Lattice, OneTile
+from cmanp_ros.core.least_squares import Evidence, Regression
+from cmanp_ros.core.model import CMANP, Decoded, Prior
+from cmanp_ros.core.state import State, concatenate, merge, select
+from cmanp_ros.core.tiles import Key, Tiles
+
+SHARING = 0.5  # weight of a neighbour's evidence, to the power of its distance in tiles
+SCALE_STEP = 0.25  # of the log of the amplitude's prior scale
+AT_ONCE = 1 << 15  # points or targets times tiles: bounds the memory of one step
+TARGETS_AT_ONCE = 4096
+
+
+class Pairs(NamedTuple):
+    """Targets beside the tiles that cover them, and what the tiles' regressions say."""
+
+    cover: Cover
+    row: Tensor
+    """(pairs,): row of the tile."""
+    prior: Prior | None
+    """(pairs, ...): without the batch axis."""
+
+
+class World:
+    """
+    All tiles of a map. Locations in metres, float64; values in model units.
+    """
+
+    def __init__(self, model: CMANP, geometry: Lattice | OneTile, max_tiles=2048, store=None):
+        """
+        Start empty, or with what the store holds.
+
+        :param max_tiles: in memory.
+        :param store: `core.tiles.Store`; None: what does not fit is dropped.
+        """
+        self.model, self.geometry = model, geometry
+        self.tiles = Tiles(model, max_tiles, store)
+        config = model.config
+        self._options = config.least_squares
+        if self._options is not None:
+            self._variances = least_squares.prior_variances(self._options, config.dim_x)
+        self.clear()
+
+    def clear(self):
+        """Start again with what the store holds."""
+        self.tiles.clear()
+        self._evidence = _Cache()
+        self._regression = _Cache()
+        self._latents = _Cache()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tiles [bytes], and of what predictions keep beside them."""
+        caches = (self._evidence, self._regression, self._latents)
+        return self.tiles.nbytes + sum(cache.nbytes for cache in caches)
+
+    @property
+    def num_observations(self) -> int:
+        """Points folded so far, forgotten ones included."""
+        return self.tiles.totals['num_observations']
+
+    # Observations --------------------------------------------------------------------------------
+
+    def fold(self, x: Tensor, y: Tensor):
+        """
+        Fold points into every tile that covers them.
+
+        :param x: (n, dim_x) [m]; `y` (n, dim_y) in model units. Finite.
+        """
+        cover = self.geometry.cover(x)
+        keys, tile = _unique(cover.key)
+        for tiles, pairs, mask in groups(tile, self.tiles.max_tiles):
+            rows = self.tiles.rows([keys[i] for i in tiles.tolist()], create=True)
+            points = cover.x[pairs], y[cover.index[pairs]]
+            state = self.model.update(self.tiles.state(rows), *points, mask)
+            self.tiles.put(rows, state)
+        self.tiles.totals['num_observations'] += len(x)
+
+    def merge(self, other: 'World'):
+        """
+        Take over every tile of another world on the same lattice; exact.
+
+        :raises StateMismatchError: for another lattice.
+        """
+        if self.geometry != other.geometry:
+            raise StateMismatchError(
+                f'the other map lies on {other.geometry}, this one on {self.geometry}: use the '
+                'same tile_size, or the same bounds, for both'
+            )
+        for some in self._batches(other.tiles.keys(), other.tiles.max_tiles):
+            theirs = other.tiles.state(other.tiles.rows(some))
+            rows = self.tiles.rows(some, create=True)
+            self.tiles.put(rows, merge(self.tiles.state(rows), theirs))
+        self.tiles.totals['num_observations'] += other.num_observations
+
+    def export(self) -> tuple[list[Key], State | None]:
+        """Return every tile, those in the store too, in order; None without any."""
+        keys = self.tiles.keys()
+        parts = [self.tiles.state(self.tiles.rows(some)) for some in self._batches(keys)]
+        return keys, concatenate(parts) if parts else None
+
+    def load(self, keys: list[Key], state: State, num_observations: int):
+        """Put what was exported into an empty world."""
+        self.tiles.totals['num_observations'] = num_observations
+        start = 0
+        for some in self._batches(keys):
+            rows = self.tiles.rows(some, create=True)
+            self.tiles.put(rows, select(state, slice(start, start + len(some))))
+            start += len(some)
+
+    def _batches(self, keys, limit=64):
+        step = min(self.tiles.max_tiles, limit, 64)
+        return [keys[start : start + step] for start in range(0, len(keys), step)]
+
+    # Predictions ---------------------------------------------------------------------------------
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Predict observations.
+
+        :param x: (n, dim_x) [m].
+        :return: mean and stddev, (n, dim_y) in model units.
+        """
+        mean, stddev = torch.empty(2, len(x), self.model.config.dim_y, dtype=torch.float64)
+        for chunk in self._chunks(x):
+            pairs = self.pairs(x[chunk])
+            mixture = self._mix(pairs, self.decode(pairs), len(chunk))
+            mean[chunk], stddev[chunk] = mixture.mean.cpu(), mixture.stddev.cpu()
+        return mean, stddev
+
+    def predict_joint(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Predict, with the covariance over all targets: that of the fields of `sample`, and noise.
+
+        :return: mean and stddev (n, dim_y), covariance (dim_y, n, n).
+        """
+        n, dim_y = len(x), self.model.config.dim_y
+        pairs = self.pairs(x)
+        answers = self.decode(pairs)
+        mixture = self._mix(pairs, answers, n)
+        correlation = mixture.mean.new_zeros(dim_y, n, n)
+        root = mixture.prior_weight.mT.sqrt()
+        correlation += root.unsqueeze(-1) * root.unsqueeze(-2)
+        noise = torch.zeros_like(mixture.mean)
+        if pairs.prior is None:
+            field = torch.zeros_like(mixture.mean)
+        else:
+            noise, field = self._split(pairs, answers, mixture)
+            for row in pairs.row.unique().tolist():
+                own = (pairs.row == row).nonzero()[:, 0]
+                at = pairs.cover.index[own]
+                root = (mixture.weight[own] / pairs.prior.variance[own]).sqrt().mT
+                regression = Regression(*self._regression.get(torch.tensor([row])))
+                regression = regression._replace(covariance=regression.covariance.double())
+                block = least_squares.joint_covariance(
+                    self._options, regression, pairs.cover.x[own].unsqueeze(0)
+                )[0]
+                block = block * root.unsqueeze(-1) * root.unsqueeze(-2)
+                correlation[:, at.unsqueeze(1), at] += block
+        covariance = correlation * field.mT.unsqueeze(-1) * field.mT.unsqueeze(-2)
+        covariance.diagonal(dim1=1, dim2=2).copy_(mixture.stddev.square().mT)
+        return mixture.mean, mixture.stddev, covariance
+
+    def sample(self, x: Tensor, num_samples: int, seed: int) -> Tensor:
+        """
+        Draw whole fields, without observation noise, and evaluate them at targets.
+
+        Each tile draws its weights, from (seed, tile); overlapping draws are blended with the
+        square roots of the tiles' shares, so that the variance is that of `predict` everywhere
+        and a field has no seams. Memory does not grow with the number of targets.
+
+        :return: (num_samples, n, dim_y) in model units.
+        """
+        samples = torch.empty(num_samples, len(x), self.model.config.dim_y, dtype=torch.float64)
+        common = torch.randn(
+            num_samples, 1, samples.shape[-1], generator=torch.Generator().manual_seed(seed)
+        ).double()  # of the prior: it has no detail
+        for chunk in self._chunks(x):
+            pairs = self.pairs(x[chunk])
+            answers = self.decode(pairs)
+            mixture = self._mix(pairs, answers, len(chunk))
+            _, field = self._split(pairs, answers, mixture)
+            deviation = mixture.prior_weight.sqrt() * common
+            for row in pairs.row.unique().tolist():
+                own = (pairs.row == row).nonzero()[:, 0]
+                regression = Regression(*self._regression.get(torch.tensor([row])))
+                name = repr((seed, *pairs.cover.key[own[0]].tolist())).encode()
+                own_seed = int.from_bytes(sha256(name).digest()[:7], 'little')  # hash(-1) is -2's
+                generator = torch.Generator().manual_seed(own_seed)
+                weights = least_squares.sample_weights(regression, num_samples, generator)[0]
+                phi = least_squares.basis(self._options, pairs.cover.x[own].unsqueeze(0))[0]
+                drawn = phi @ (weights - regression.mean)  # (samples, own, dim_y)
+                share = (mixture.weight[own] / pairs.prior.variance[own]).sqrt()
+                deviation.index_add_(1, pairs.cover.index[own], drawn * share)
+            samples[:, chunk] = mixture.mean + field * deviation
+        return samples
+
+    def pairs(self, x: Tensor) -> Pairs:
+        """
+        Return the tiles that cover each target (n, dim_x) and have data, ready to be decoded.
+        """
+        cover = self.geometry.cover(x)
+        keys, tile = _unique(cover.key)
+        row = self.tiles.rows(keys)[tile]
+        there = row >= 0
+        cover, row = Cover(*(part[there] for part in cover)), row[there]
+        if self._options is None:
+            return Pairs(cover, row, None)
+        self._regress([key for key in keys if key in self.tiles])
+        row = self.tiles.rows(keys)[tile][there]  # what was needed beside them may have moved them
+        made = None
+        for tiles, members, mask in groups(row, AT_ONCE):
+            regression = Regression(*self._regression.get(tiles))
+            mean, variance = least_squares.predict(self._options, regression, cover.x[members])
+            size = members.shape
+            values = (
+                mean,
+                variance,
+                regression.noise_variance.unsqueeze(1).expand_as(mean),
+                regression.summary.unsqueeze(1).expand(-1, size[1], -1, -1),
+            )
+            if made is None:
+                made = [v.new_empty(len(row), *v.shape[2:], dtype=torch.float64) for v in values]
+            for whole, part in zip(made, values, strict=True):
+                whole[members[mask]] = part[mask].double()
+        dim_y = self.model.config.dim_y
+        if made is None:
+            sizes = ((dim_y,), (dim_y,), (dim_y,), (dim_y, least_squares.NUM_SUMMARIES))
+            made = [cover.x.new_empty(0, *size) for size in sizes]
+        mean, variance, noise, summary = made
+        context = blending.compare(
+            cover, mean, (variance + noise).sqrt(), len(x), self.model.config.num_levels
+        )
+        return Pairs(cover, row, Prior(mean, variance, noise, summary, context))
+
+    def decode(self, pairs: Pairs) -> Decoded:
+        """
+        Let each tile answer for its targets.
+
+        :return: (pairs, dim_y) each.
+        """
+        shape = (len(pairs.row), self.model.config.dim_y)
+        answers = Decoded(*torch.empty(4, *shape, dtype=torch.float64, device=pairs.row.device))
+        for tiles, members, mask in groups(pairs.row, AT_ONCE):
+            prior = pairs.prior and Prior(*(part[members] for part in pairs.prior))
+            found = self.model.decode(self._encoded(tiles), pairs.cover.x[members], prior)
+            for whole, part in zip(answers, found, strict=True):
+                whole[members[mask]] = part[mask].double()
+        return answers
+
+    def _mix(self, pairs, answers, num_targets) -> Mixture:
+        return blending.blend(pairs.cover, answers, num_targets, self.geometry.num_levels)
+
+    def _split(self, pairs, answers, mixture):
+        """Return the noise variance and the stddev of the field at each target, (n, dim_y)."""
+        noise = pairs.prior.noise_variance * answers.correction.square() * mixture.weight
+        noise = torch.zeros_like(mixture.mean).index_add_(0, pairs.cover.index, noise)
+        return noise, (mixture.stddev.square() - noise).clamp(min=0).sqrt()
+
+    def _chunks(self, x):
+        """
+        Yield indices of targets that lie close together, so that their tiles fit in memory.
+        """
+        for chunk in self.geometry.order(x).split(TARGETS_AT_ONCE):
+            yield from self._fitting(x, chunk)
+
+    def _fitting(self, x, chunk):
+        if len(self.tiles) > self.tiles.num_in_memory and len(chunk) > 1:
+            keys = _unique(self.geometry.cover(x[chunk]).key)[0]
+            keys = [key for key in keys if key in self.tiles]
+            needed = sum(len(members) for _, members in self._needed(keys))
+            if needed > self.tiles.max_tiles:
+                for half in chunk.split(-(-len(chunk) // 2)):
+                    yield from self._fitting(x, half)
+                return
+        yield chunk
+
+    # What predictions need of tiles --------------------------------------------------------------
+
+    def _encoded(self, rows):
+        """Return keys and values of the latents of tiles, for each layer (tiles, latents, ...)."""
+        version = self.tiles.version(rows)
+        for stale in _some(self._latents.stale(rows, version), 256):
+            made = self.model.latents(self.tiles.state(stale).attention)
+            self._latents.put(stale, made, self.tiles.version(stale))
+        return self._latents.get(rows)
+
+    def _regress(self, keys: list[Key]):
+        """
+        Solve the regressions of tiles, with what they take from the tiles around and above.
+        """
+        levels = self._needed(keys)
+        self.tiles.rows([key for _, members in levels for key in members])  # all into memory
+        wanted, amplitude = set(keys), {}
+        for solved, members in reversed(levels):  # from coarse to fine
+            scale = self._amplitude_prior(members, amplitude)
+            place = {key: i for i, key in enumerate(members)}
+            center = torch.tensor([place[key] for key in solved], dtype=torch.int64)
+            shared = self._shared_evidence(solved, place, self._log_evidence(members, scale))
+            rows, scale = self.tiles.rows(solved), scale[center]
+            found = Evidence(*self._evidence.get(rows))
+            weight = shared.softmax(1)
+            means = least_squares.amplitude(self._options, found, scale, weight)
+            amplitude |= zip(solved, means, strict=True)
+            chosen = torch.tensor([key in wanted for key in solved], dtype=torch.bool)
+            self._solve(rows[chosen], scale[chosen], shared[chosen])
+
+    def _needed(self, keys):
+        """
+        Return which tiles of each level must be solved and whose evidence counts, fine first.
+
+        A tile needs the evidence of its neighbours, and the amplitude of the coarsest tiles above
+        it and them.
+        """
+        needed, above, coarsest = [], [], self.geometry.num_levels - 1
+        for level in range(self.geometry.num_levels):
+            own = [key for key in keys if key[0] == level]
+            solved = list(dict.fromkeys([*own, *above] if level == coarsest else own))
+            if not solved:
+                continue
+            names = _keys(self._neighbours(solved)[0].flatten(0, 1))
+            members = [key for key in dict.fromkeys(names) if key in self.tiles]
+            needed.append((solved, members))
+            if level < coarsest:
+                above += self._above(members)[2]
+        return needed
+
+    def _shared_evidence(self, solved, place, own):
+        """
+        Return the log evidence (tiles, settings, dim_y) of tiles and their neighbours.
+
+        :param place: where each tile's own evidence lies in `own`.
+        """
+        near, distance = self._neighbours(solved)
+        names = _keys(near.flatten(0, 1))
+        index = torch.tensor([place.get(key, -1) for key in names]).view(near.shape[:2])
+        share = torch.where(index >= 0, SHARING**distance, 0.0)
+        return torch.einsum('tn,tnso->tso', share, own[index.clamp(min=0)])
+
+    def _solve(self, rows, scale, log_weight):
+        """Solve the regressions of tiles whose sums or hyperparameters changed."""
+        inputs = torch.cat([scale.unsqueeze(1), log_weight], 1).flatten(1)
+        version = torch.cat([self.tiles.version(rows).unsqueeze(1).double(), inputs], 1)
+        is_stale = self._regression.is_stale(rows, version)
+        for part in _some(is_stale.nonzero()[:, 0], 256):
+            sums = self.tiles.state(rows[part]).least_squares
+            found = Evidence(*self._evidence.get(rows[part]))
+            made = least_squares.posterior(
+                self._options, self._variances, sums, found, scale[part], log_weight[part]
+            )
+            made = made._replace(covariance=made.covariance.float())
+            self._regression.put(rows[part], made, version[part])
+
+    def _log_evidence(self, keys, scale):
+        rows = self.tiles.rows(keys)
+        for stale in _some(self._evidence.stale(rows, self.tiles.version(rows)), 64):
+            sums = self.tiles.state(stale).least_squares
+            made = least_squares.evidence(self._options, self._variances, sums)
+            self._evidence.put(stale, made, self.tiles.version(stale))
+        found = Evidence(*self._evidence.get(rows))
+        own = least_squares.log_evidence(self._options, found, scale)
+        return own - own.mean(1, keepdim=True)
+
+    def _amplitude_prior(self, keys, amplitude):
+        """Return the scale of each tile's amplitude prior: the amplitude of the region."""
+        shape = len(keys), self.model.config.dim_y
+        default = least_squares.default_scale(self._options, *shape)
+        if keys[0][0] == self.geometry.num_levels - 1:
+            return default
+        index, window, names = self._above(keys)
+        known = [i for i, name in enumerate(names) if name in amplitude]
+        if not known:
+            return default
+        index, window = index[known], window[known].clamp(min=1e-6).unsqueeze(-1)
+        logs = torch.stack([amplitude[names[i]] for i in known]).log()
+        total = torch.zeros(shape, dtype=torch.float64).index_add_(0, index, window * logs)
+        weight = torch.zeros(shape[0], 1, dtype=torch.float64).index_add_(0, index, window)
+        # In steps, or every point would have every tile below its own solved again.
+        steps = ((total / weight) / SCALE_STEP).round()
+        scale = (self._options.amplitude_shape - 1) * (steps * SCALE_STEP).exp()
+        return torch.where(weight > 0, scale, default)
+
+    def _neighbours(self, keys):
+        key = torch.tensor(keys, dtype=torch.int64).view(-1, 1 + self.geometry.dim_x)
+        return self.geometry.neighbours(key)
+
+    def _above(self, keys):
+        """
+        Return the coarsest tiles over the centers of tiles: index, window, names.
+        """
+        centers = self.geometry.center(torch.tensor(keys))
+        cover = self.geometry.cover(centers, self.geometry.num_levels - 1)
+        names = _keys(cover.key)
+        there = [i for i, name in enumerate(names) if name in self.tiles]
+        return cover.index[there], cover.window[there], [names[i] for i in there]
+
+
+class _Cache:
+    """Tensors by row, each with the version of what it was made from."""
+
+    def __init__(self):
+        self._parts, self._version = [], None
+
+    @property
+    def nbytes(self):
+        return sum(part.nbytes for part in self._parts)
+
+    def is_stale(self, rows, version):
+        """Return which rows were not made from this version, (n,) bool."""
+        version = version.view(len(rows), -1)
+        if self._version is None:
+            return torch.ones(len(rows), dtype=torch.bool)
+        known = rows < len(self._version)
+        stale = ~known
+        stale[known] = (self._version[rows[known]] != version[known]).any(-1)
+        return stale
+
+    def stale(self, rows, version):
+        return rows[self.is_stale(rows, version)].unique()
+
+    @torch.inference_mode(False)  # tensors that can be changed in either mode
+    def put(self, rows, parts, version):
+        version, size = version.view(len(rows), -1), int(rows.max()) + 1
+        if self._version is None:
+            self._version = version.new_full((0, version.shape[1]), -1)
+            self._parts = [part.new_empty(0, *part.shape[1:]) for part in parts]
+        if size > len(self._version):
+            size = max(size, 2 * len(self._version)) - len(self._version)
+            self._version = torch.cat(
+                [self._version, self._version.new_full((size, version.shape[1]), -1)]
+            )
+            self._parts = [torch.cat([p, p.new_zeros(size, *p.shape[1:])]) for p in self._parts]
+        self._version[rows] = version
+        for whole, part in zip(self._parts, parts, strict=True):
+            whole[rows] = part
+
+    def get(self, rows):
+        return [part[rows] for part in self._parts]
+
+
+def _unique(key):
+    """Return the distinct keys and which of them each is."""
+    if not len(key):
+        return [], key.new_empty(0)
+    low = key.amin(0)
+    span = (key.amax(0) - low + 1).tolist()
+    if math.prod(span) >= 2**62:  # too far apart for one number each
+        distinct, inverse = key.unique(dim=0, return_inverse=True)
+        return _keys(distinct), inverse
+    code = torch.zeros_like(key[:, 0])
+    for column, size in zip((key - low).T, span, strict=True):
+        code = code * size + column
+    distinct, inverse = code.unique(return_inverse=True)
+    first = inverse.new_empty(len(distinct))
+    first[inverse] = torch.arange(len(key), device=key.device)
+    return _keys(key[first]), inverse
+
+
+def _keys(key: Tensor) -> list[Key]:
+    return [tuple(row) for row in key.tolist()]
+
+
+def _some(rows, count):
+    return rows.split(count) if len(rows) else ()
+
+
+def groups(tile: Tensor, limit: int):
+    """
+    Yield tiles with similar numbers of pairs, padded to the largest of them.
+
+    :param tile: (pairs,).
+    :return: tiles (t,), pairs (t, n) and which of those are there (t, n).
+    """
+    order = tile.argsort(stable=True)
+    tiles, count = tile[order].unique_consecutive(return_counts=True)
+    start = count.cumsum(0) - count
+    bucket = count.double().log2().ceil().long()
+    for size in bucket.unique().tolist():
+        members = (bucket == size).nonzero()[:, 0]
+        widest = int(count[members].max())
+        for part in members.split(max(1, min(limit, AT_ONCE // widest))):
+            step = torch.arange(widest, device=tile.device)
+            mask = step < count[part].unsqueeze(1)
+            at = start[part].unsqueeze(1) + torch.where(mask, step, 0)
+            yield tiles[part], order[at], mask
