@@ -118,7 +118,7 @@ def _seams(options):
 
     rows = []
     for number, (kind, field) in enumerate(
-        seams.fields(load_model(options.checkpoint), 5, 1024, options.seed)
+        seams.fields(load_model(options.checkpoint), 2, 1024, options.seed)
     ):
         rows.append({'field': kind, **seams.seams(field, -1.9, 1.9)._asdict()})
         if number == 0:

@@ -9,7 +9,7 @@ from cmanp_ros.evaluation.windows import windows
 from cmanp_ros.field import NeuralField
 
 STEP = 1e-6  # [tile_size] to both sides of a border
-LINES = 40  # that are walked, along each axis
+LINES = 12  # that are walked, along each axis
 
 
 class Seams(NamedTuple):
@@ -67,7 +67,7 @@ def fields(model, num: int, num_context: int, seed: int, tile_size: float = 0.4)
             yield kind, field
 
 
-def draw(field: NeuralField, path, lower: float = -2.0, upper: float = 2.0, size: int = 400):
+def draw(field: NeuralField, path, lower: float = -2.0, upper: float = 2.0, size: int = 200):
     """Draw mean and standard deviation, and hill-shading, in which a seam would catch the eye."""
     import matplotlib
 
