@@ -17,12 +17,12 @@ PAGE = """# Accuracy
 
 Made by `scripts/write_accuracy.py` from the files in `docs/accuracy/`, which the commands below
 wrote: mean ± standard error over tasks. Tuning was done on synthetic fields, on draws of a Matern
-GP and on windows of `topobathy.npz` (matplotlib), with three exceptions, so take the last digits with
+GP and on windows of `topobathy.npz` (matplotlib), with exceptions, so take the last digits with
 care. The terrain below was scored once with 8 functions per axis, levels a factor of 4 apart and
 tiles of 0.3 (RMSE at N = 256 was 1.08 times the GP's); that showed the gap between levels, and 10
 functions, a factor of 3 and tiles of 0.4 were then chosen on the other data. The prior of the
-amplitude, `points_per_voxel` and the level factor were also looked at on 2,000 to 3,000 of the
-soundings below, from numbers 20,000 and 50,000. The tile size of the soundings was not tuned.
+amplitude, `points_per_voxel`, the level factor and (earlier weights) tiles of 10 to 60 km were
+also looked at on 2,000 to 4,000 of the soundings below, from numbers 20,000 and 50,000.
 
 ## Real terrain
 
