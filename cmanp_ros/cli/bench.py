@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import tempfile
 import time
@@ -137,7 +137,7 @@ def _stream(model):
                     'points_per_s': field.num_observations / (time.perf_counter() - start),
                     'tiles': field.num_tiles,
                     'tiles_in_memory': field.num_tiles_in_memory,
-                    'process_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                    'process_mb': _resident_mb(),
                 }
                 records.append(record)
                 print(
@@ -147,6 +147,12 @@ def _stream(model):
                 )
         field.close()
     return records
+
+
+def _resident_mb():
+    """Return the memory that this process holds now [MB]."""
+    pages = int(Path('/proc/self/statm').read_text(encoding='ascii').split()[1])
+    return pages * os.sysconf('SC_PAGE_SIZE') / 1e6
 
 
 def _points(count):
