@@ -69,7 +69,7 @@ def tasks(
 
 def draw_field(rng: np.random.Generator, num: int) -> Field:
     """
-    Draw a field at uniform locations, from the prior that the default model is trained on.
+    Draw a field at uniform locations, from a Gaussian process.
 
     RBF or Matern-5/2, length log-uniform in [0.25, 1.5], scale uniform in [0.3, 1), noise
     log-uniform in [0.02, 0.2].
