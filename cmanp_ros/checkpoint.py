@@ -18,6 +18,7 @@ from safetensors.torch import save
 from cmanp_ros.core import CMANP, CMANPConfig, State
 from cmanp_ros.core.errors import CheckpointError, CMANPError
 from cmanp_ros.core.state import from_tensors
+from cmanp_ros.core.tiles import keys_of
 
 FORMAT_VERSION = 2
 MODEL, MAP = 'cmanp_ros model', 'cmanp_ros map'
@@ -111,7 +112,7 @@ def load_map(path, model: CMANP) -> tuple[list[tuple[int, ...]], State, dict]:
     state = from_tensors({name: tensor.to(device) for name, tensor in tensors.items()})
     if not state.is_finite():
         raise CheckpointError(f'{path} holds sums that are not finite; it cannot be used')
-    return [] if keys is None else [tuple(key) for key in keys.tolist()], state, header
+    return [] if keys is None else keys_of(keys), state, header
 
 
 def load_reference(state_dict: dict, config: CMANPConfig) -> CMANP:

@@ -5,7 +5,7 @@ The only object that the node holds; usable without ROS.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -92,13 +92,8 @@ class NeuralField:
         geometry = OneTile(*bounds)
         if not one_tile:
             size = max(np.subtract(*bounds[::-1])) / TILES_PER_SIDE
-            config = model.config
-            geometry = Lattice(
-                size if tile_size is None else tile_size,
-                geometry.dim_x,
-                config.num_levels,
-                config.level_factor,
-            )
+            lattice = Lattice.of(model.config, size if tile_size is None else tile_size)
+            geometry = replace(lattice, dim_x=geometry.dim_x)
         normalization = Normalization(value_offset, value_scale)
         return cls(model, geometry, normalization, half_life_sec, max_tiles, store)
 

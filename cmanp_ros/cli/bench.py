@@ -87,7 +87,7 @@ def _model_works(model):
 @torch.inference_mode()
 def _world_works(model, num_tiles):
     """Yield (name, work, size, function) of what is timed in a world of so many tiles."""
-    geometry = Lattice(1.0, 2, model.config.num_levels, model.config.level_factor)
+    geometry = Lattice.of(model.config, 1.0)
     world = World(model, geometry, max_tiles=1 << 20)
     far = 0
     while len(world.tiles) < num_tiles:  # ever farther from where the robot is
@@ -120,7 +120,7 @@ def _stream(model):
     print(f'{"row":>5}{"points/s":>10}{"tiles":>8}{"in memory":>11}{"process [MB]":>14}')
     records, place = [], np.arange(columns) * 90.0  # [m] about 3 arc-seconds
     with tempfile.TemporaryDirectory() as folder:
-        geometry = Lattice(480.0, 2, model.config.num_levels, model.config.level_factor)
+        geometry = Lattice.of(model.config, 480.0)
         field = NeuralField(
             model, geometry, Normalization(400.0, 150.0), None, 1024, f'{folder}/tiles'
         )

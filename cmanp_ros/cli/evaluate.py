@@ -64,30 +64,28 @@ def _add_options(parser, study):
 
 
 def _terrain(options):
-    from cmanp_ros.evaluation import ours, peers, studies
+    from cmanp_ros.evaluation import studies
 
-    methods = ours.for_windows(options.checkpoint, options.tile_size, options.attention)
-    rows = studies.terrain(
-        methods | peers.for_windows(),
-        options.num_tasks,
-        options.num_context,
-        options.noise,
-        options.seed,
-        options.cache,
-    )
-    return _show(rows, options)
+    return _score(studies.terrain, options, noises=options.noise)
 
 
 def _robust(options):
-    from cmanp_ros.evaluation import ours, peers, studies
+    from cmanp_ros.evaluation import studies
+
+    return _score(studies.robust, options)
+
+
+def _score(study, options, **settings):
+    from cmanp_ros.evaluation import ours, peers
 
     methods = ours.for_windows(options.checkpoint, options.tile_size, options.attention)
-    rows = studies.robust(
+    rows = study(
         methods | peers.for_windows(),
         options.num_tasks,
         options.num_context,
         seed=options.seed,
         cache_dir=options.cache,
+        **settings,
     )
     return _show(rows, options)
 

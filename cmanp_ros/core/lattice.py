@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cmanp_ros.core.config import CMANPConfig
 from cmanp_ros.core.errors import ConfigError
 
 HALF_WIDTH = 2.0  # of a tile, in tile coordinates
@@ -52,6 +53,11 @@ class Lattice:
         if not 0 < self.tile_size < float('inf'):
             raise ConfigError(f'tile_size is {self.tile_size}, expected a positive length [m]')
         object.__setattr__(self, 'tile_size', float(self.tile_size))
+
+    @classmethod
+    def of(cls, config: CMANPConfig, tile_size: float) -> 'Lattice':
+        """Return the lattice that a model's levels are made for."""
+        return cls(tile_size, config.dim_x, config.num_levels, config.level_factor)
 
     def spacing(self, level: int | Tensor):
         """Return the distance [m] between neighbouring tiles of a level; 0 is the finest."""

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from cmanp_ros.core.config import LeastSquaresConfig
-
-HALF_WIDTH = 2.0  # of the workspace, in model units
+from cmanp_ros.core.lattice import HALF_WIDTH
 
 
 class LeastSquaresSums(NamedTuple):

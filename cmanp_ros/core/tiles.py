@@ -20,6 +20,11 @@ Key = tuple[int, ...]
 """Level and lattice index."""
 
 
+def keys_of(key: Tensor) -> list[Key]:
+    """Return the rows of (n, 1 + dim_x) as keys."""
+    return [tuple(row) for row in key.tolist()]
+
+
 @runtime_checkable
 class Store(Protocol):
     """Where tiles go that do not fit in memory; see `cmanp_ros.store`."""

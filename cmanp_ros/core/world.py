@@ -20,7 +20,7 @@ from cmanp_ros.core.lattice import Cover, Lattice, OneTile
 from cmanp_ros.core.least_squares import Evidence, Regression
 from cmanp_ros.core.model import CMANP, Decoded, Prior
 from cmanp_ros.core.state import State, concatenate, merge, select
-from cmanp_ros.core.tiles import Key, Tiles
+from cmanp_ros.core.tiles import Key, Tiles, keys_of
 
 SHARING = 0.5  # weight of a neighbour's evidence, to the power of its distance in tiles
 SCALE_STEP = 0.25  # of the log of the amplitude's prior scale
@@ -140,8 +140,7 @@ class World:
         """
         mean, stddev = torch.empty(2, len(x), self.model.config.dim_y, dtype=torch.float64)
         for chunk in self._chunks(x):
-            pairs = self.pairs(x[chunk])
-            mixture = self._mix(pairs, self.decode(pairs), len(chunk))
+            _, _, mixture = self._answer(x[chunk])
             mean[chunk], stddev[chunk] = mixture.mean.cpu(), mixture.stddev.cpu()
         return mean, stddev
 
@@ -152,22 +151,15 @@ class World:
         :return: mean and stddev (n, dim_y), covariance (dim_y, n, n).
         """
         n, dim_y = len(x), self.model.config.dim_y
-        pairs = self.pairs(x)
-        answers = self.decode(pairs)
-        mixture = self._mix(pairs, answers, n)
+        pairs, answers, mixture = self._answer(x)
         correlation = mixture.mean.new_zeros(dim_y, n, n)
         root = mixture.prior_weight.mT.sqrt()
         correlation += root.unsqueeze(-1) * root.unsqueeze(-2)
-        noise = torch.zeros_like(mixture.mean)
-        if pairs.prior is None:
-            field = torch.zeros_like(mixture.mean)
-        else:
-            noise, field = self._split(pairs, answers, mixture)
-            for row in pairs.row.unique().tolist():
-                own = (pairs.row == row).nonzero()[:, 0]
-                at = pairs.cover.index[own]
-                root = (mixture.weight[own] / pairs.prior.variance[own]).sqrt().mT
-                regression = Regression(*self._regression.get(torch.tensor([row])))
+        field = torch.zeros_like(mixture.mean)
+        if pairs.prior is not None:
+            field = self._field_stddev(pairs, answers, mixture)
+            for own, regression, share in self._by_tile(pairs, mixture):
+                at, root = pairs.cover.index[own], share.mT
                 regression = regression._replace(covariance=regression.covariance.double())
                 block = least_squares.joint_covariance(
                     self._options, regression, pairs.cover.x[own].unsqueeze(0)
@@ -193,21 +185,16 @@ class World:
             num_samples, 1, samples.shape[-1], generator=torch.Generator().manual_seed(seed)
         ).double()  # of the prior: it has no detail
         for chunk in self._chunks(x):
-            pairs = self.pairs(x[chunk])
-            answers = self.decode(pairs)
-            mixture = self._mix(pairs, answers, len(chunk))
-            _, field = self._split(pairs, answers, mixture)
+            pairs, answers, mixture = self._answer(x[chunk])
+            field = self._field_stddev(pairs, answers, mixture)
             deviation = mixture.prior_weight.sqrt() * common
-            for row in pairs.row.unique().tolist():
-                own = (pairs.row == row).nonzero()[:, 0]
-                regression = Regression(*self._regression.get(torch.tensor([row])))
+            for own, regression, share in self._by_tile(pairs, mixture):
                 name = repr((seed, *pairs.cover.key[own[0]].tolist())).encode()
                 own_seed = int.from_bytes(sha256(name).digest()[:7], 'little')  # hash(-1) is -2's
                 generator = torch.Generator().manual_seed(own_seed)
                 weights = least_squares.sample_weights(regression, num_samples, generator)[0]
                 phi = least_squares.basis(self._options, pairs.cover.x[own].unsqueeze(0))[0]
                 drawn = phi @ (weights - regression.mean)  # (samples, own, dim_y)
-                share = (mixture.weight[own] / pairs.prior.variance[own]).sqrt()
                 deviation.index_add_(1, pairs.cover.index[own], drawn * share)
             samples[:, chunk] = mixture.mean + field * deviation
         return samples
@@ -225,26 +212,18 @@ class World:
             return Pairs(cover, row, None)
         self._regress([key for key in keys if key in self.tiles])
         row = self.tiles.rows(keys)[tile][there]  # what was needed beside them may have moved them
-        made = None
+        shape = (len(row), self.model.config.dim_y)
+        mean, variance, noise = cover.x.new_empty(3, *shape)
+        summary = cover.x.new_empty(*shape, least_squares.NUM_SUMMARIES)
         for tiles, members, mask in groups(row, AT_ONCE):
             regression = Regression(*self._regression.get(tiles))
-            mean, variance = least_squares.predict(self._options, regression, cover.x[members])
-            size = members.shape
             values = (
-                mean,
-                variance,
-                regression.noise_variance.unsqueeze(1).expand_as(mean),
-                regression.summary.unsqueeze(1).expand(-1, size[1], -1, -1),
+                *least_squares.predict(self._options, regression, cover.x[members]),
+                regression.noise_variance.unsqueeze(1).expand(-1, members.shape[1], -1),
+                regression.summary.unsqueeze(1).expand(-1, members.shape[1], -1, -1),
             )
-            if made is None:
-                made = [v.new_empty(len(row), *v.shape[2:], dtype=torch.float64) for v in values]
-            for whole, part in zip(made, values, strict=True):
+            for whole, part in zip((mean, variance, noise, summary), values, strict=True):
                 whole[members[mask]] = part[mask].double()
-        dim_y = self.model.config.dim_y
-        if made is None:
-            sizes = ((dim_y,), (dim_y,), (dim_y,), (dim_y, least_squares.NUM_SUMMARIES))
-            made = [cover.x.new_empty(0, *size) for size in sizes]
-        mean, variance, noise, summary = made
         context = blending.compare(
             cover, mean, (variance + noise).sqrt(), len(x), self.model.config.num_levels
         )
@@ -265,14 +244,28 @@ class World:
                 whole[members[mask]] = part[mask].double()
         return answers
 
-    def _mix(self, pairs, answers, num_targets) -> Mixture:
-        return blending.blend(pairs.cover, answers, num_targets, self.geometry.num_levels)
+    def _answer(self, x) -> tuple[Pairs, Decoded, Mixture]:
+        pairs = self.pairs(x)
+        answers = self.decode(pairs)
+        levels = self.geometry.num_levels
+        return pairs, answers, blending.blend(pairs.cover, answers, len(x), levels)
 
-    def _split(self, pairs, answers, mixture):
-        """Return the noise variance and the stddev of the field at each target, (n, dim_y)."""
+    def _field_stddev(self, pairs, answers, mixture):
+        """Return the stddev of the field, without noise, at each target, (n, dim_y)."""
         noise = pairs.prior.noise_variance * answers.correction.square() * mixture.weight
         noise = torch.zeros_like(mixture.mean).index_add_(0, pairs.cover.index, noise)
-        return noise, (mixture.stddev.square() - noise).clamp(min=0).sqrt()
+        return (mixture.stddev.square() - noise).clamp(min=0).sqrt()
+
+    def _by_tile(self, pairs, mixture):
+        """
+        Yield the pairs of each tile, its regression, and the factors of its deviations.
+
+        With these factors the variances of all tiles and of the prior add up to one.
+        """
+        for row in pairs.row.unique().tolist():
+            own = (pairs.row == row).nonzero()[:, 0]
+            regression = Regression(*self._regression.get(torch.tensor([row])))
+            yield own, regression, (mixture.weight[own] / pairs.prior.variance[own]).sqrt()
 
     def _chunks(self, x):
         """
@@ -335,7 +328,7 @@ class World:
             solved = list(dict.fromkeys([*own, *above] if level == coarsest else own))
             if not solved:
                 continue
-            names = _keys(self._neighbours(solved)[0].flatten(0, 1))
+            names = keys_of(self._neighbours(solved)[0].flatten(0, 1))
             members = [key for key in dict.fromkeys(names) if key in self.tiles]
             needed.append((solved, members))
             if level < coarsest:
@@ -349,7 +342,7 @@ class World:
         :param place: where each tile's own evidence lies in `own`.
         """
         near, distance = self._neighbours(solved)
-        names = _keys(near.flatten(0, 1))
+        names = keys_of(near.flatten(0, 1))
         index = torch.tensor([place.get(key, -1) for key in names]).view(near.shape[:2])
         share = torch.where(index >= 0, SHARING**distance, 0.0)
         return torch.einsum('tn,tnso->tso', share, own[index.clamp(min=0)])
@@ -407,7 +400,7 @@ class World:
         """
         centers = self.geometry.center(torch.tensor(keys))
         cover = self.geometry.cover(centers, self.geometry.num_levels - 1)
-        names = _keys(cover.key)
+        names = keys_of(cover.key)
         there = [i for i, name in enumerate(names) if name in self.tiles]
         return cover.index[there], cover.window[there], [names[i] for i in there]
 
@@ -463,18 +456,14 @@ def _unique(key):
     span = (key.amax(0) - low + 1).tolist()
     if math.prod(span) >= 2**62:  # too far apart for one number each
         distinct, inverse = key.unique(dim=0, return_inverse=True)
-        return _keys(distinct), inverse
+        return keys_of(distinct), inverse
     code = torch.zeros_like(key[:, 0])
     for column, size in zip((key - low).T, span, strict=True):
         code = code * size + column
     distinct, inverse = code.unique(return_inverse=True)
     first = inverse.new_empty(len(distinct))
     first[inverse] = torch.arange(len(key), device=key.device)
-    return _keys(key[first]), inverse
-
-
-def _keys(key: Tensor) -> list[Key]:
-    return [tuple(row) for row in key.tolist()]
+    return keys_of(key[first]), inverse
 
 
 def _some(rows, count):

@@ -27,7 +27,7 @@ def for_windows(checkpoint='field', tile_size=0.4, attention=None) -> dict[str, 
         voxels_per_axis=round(1.5 * ONE_TILE_FUNCTIONS),
         lengths=tuple(length / 2 for length in LeastSquaresConfig().lengths),
     )
-    geometry = lattice(model, tile_size)
+    geometry = Lattice.of(model.config, tile_size)
     methods = {
         'cmanp tiles': (model, geometry),
         'least squares alone': (without_corrections(model), geometry),
@@ -36,12 +36,6 @@ def for_windows(checkpoint='field', tile_size=0.4, attention=None) -> dict[str, 
     if attention is not None:
         methods['attention alone'] = (load_model(attention), geometry)
     return {name: _one_task(*parts) for name, parts in methods.items()}
-
-
-def lattice(model: CMANP, tile_size: float) -> Lattice:
-    """Return the lattice of the model's levels."""
-    config = model.config
-    return Lattice(tile_size, config.dim_x, config.num_levels, config.level_factor)
 
 
 def without_corrections(model: CMANP) -> CMANP:
@@ -72,7 +66,7 @@ def stream(
 
     def make(tile_size=tile_size):
         normalization = Normalization(value_offset, value_scale)
-        return NeuralField(model, lattice(model, tile_size), normalization)
+        return NeuralField(model, Lattice.of(model.config, tile_size), normalization)
 
     return make
 

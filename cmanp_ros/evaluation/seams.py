@@ -56,9 +56,7 @@ def seams(field: NeuralField, lower: float, upper: float, seed: int = 0) -> Seam
 
 def fields(model, num: int, num_context: int, seed: int, tile_size: float = 0.4):
     """Yield maps of windows of terrain, and of as many smooth fields over the same places."""
-    lattice = Lattice(
-        tile_size, model.config.dim_x, model.config.num_levels, model.config.level_factor
-    )
+    lattice = Lattice.of(model.config, tile_size)
     for index, task in enumerate(windows(num, num_context, seed, 0.0)):
         smooth = np.sin(1.7 * task.x[:, 0] + index) * np.cos(1.3 * task.x[:, 1])
         for kind, y in (('terrain', task.y), ('smooth', smooth)):

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from cmanp_ros.core import CMANP, CMANPConfig
 from cmanp_ros.core.lattice import Lattice
 from cmanp_ros.core.model import Prior
+from cmanp_ros.core.tiles import keys_of
 from cmanp_ros.core.world import World
 from cmanp_ros.training import priors
 
@@ -121,19 +122,20 @@ def world_batch(model, task, num_levels) -> Batch:
     """
     Fold a task into a world and return the tiles that its targets need.
     """
-    geometry = Lattice(1.0, model.config.dim_x, num_levels, model.config.level_factor)
+    geometry = dataclasses.replace(Lattice.of(model.config, 1.0), num_levels=num_levels)
     world = World(model, geometry)
     world.fold(task.x_context, task.y_context)
     pairs = world.pairs(task.x_target)
-    tile_of = {key: i for i, key in enumerate(dict.fromkeys(_keys(pairs.cover.key)))}
+    names = keys_of(pairs.cover.key)
+    tile_of = {key: i for i, key in enumerate(dict.fromkeys(names))}
     points = geometry.cover(task.x_context)
-    tile = torch.tensor([tile_of.get(key, -1) for key in _keys(points.key)], dtype=torch.int64)
+    tile = torch.tensor([tile_of.get(key, -1) for key in keys_of(points.key)], dtype=torch.int64)
     there = tile >= 0
     return Batch(
         point_tile=tile[there],
         point_x=points.x[there],
         point_y=task.y_context[points.index[there]],
-        pair_tile=torch.tensor([tile_of[key] for key in _keys(pairs.cover.key)]).long(),
+        pair_tile=torch.tensor([tile_of[key] for key in names]).long(),
         pair_target=pairs.cover.index,
         pair_x=pairs.cover.x,
         pair_window=pairs.cover.window,
@@ -141,10 +143,6 @@ def world_batch(model, task, num_levels) -> Batch:
         y_target=task.y_target,
         **pairs.prior._asdict(),
     )
-
-
-def _keys(key):
-    return [tuple(row) for row in key.tolist()]
 
 
 def augment(batch: Batch, generator) -> Batch:

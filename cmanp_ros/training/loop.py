@@ -159,9 +159,9 @@ def batch_log_likelihood(model: CMANP, batch: Batch) -> torch.Tensor:
     sums = AttentionSums(*(torch.cat(part)[place] for part in zip(*parts, strict=True)))
     latents = model.latents(sums)
 
+    has_prior = model.config.least_squares is not None
     found, order = [], []
     for tiles, pairs, mask in groups(batch.pair_tile, AT_ONCE):
-        has_prior = model.config.least_squares is not None
         prior = Prior(*(part[pairs] for part in batch.prior)) if has_prior else None
         answers = model.decode([z[tiles] for z in latents], batch.pair_x[pairs], prior)
         found.append([part[mask] for part in answers])
