@@ -97,6 +97,17 @@ class NeuralField:
         normalization = Normalization(value_offset, value_scale)
         return cls(model, geometry, normalization, half_life_sec, max_tiles, store)
 
+    def warm_up(self, x):
+        """
+        Fold and predict once in a map that is thrown away: the first call is as fast as others.
+
+        :param x: (n, dim_x) [m], some locations in the workspace.
+        """
+        scratch = NeuralField(self.model, self.geometry, self.normalization)
+        typical = self.normalization.value_from_model(np.zeros((len(x), self.model.config.dim_y)))
+        scratch.observe(x, typical)
+        scratch.predict(x)
+
     # State -----------------------------------------------------------------------------------
 
     @property

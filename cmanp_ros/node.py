@@ -95,7 +95,7 @@ class CMANPNode(LifecycleNode):
                 max_tiles=p.max_tiles,
                 store=p.store or None,
             )
-            self.field.predict(np.array([p.bounds_min]))  # the first answer is as fast as others
+            self.field.warm_up(np.array([p.bounds_min]))
         except CMANPError as error:
             self.get_logger().error(f'cannot configure: {error}')
             return TransitionCallbackReturn.FAILURE
