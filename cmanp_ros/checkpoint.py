@@ -1,27 +1,36 @@
 """
-Models and maps as single safetensors files: nothing is ever unpickled.
+Models and maps as single safetensors files, or their bytes: nothing is ever unpickled.
 
 The header carries a format version, what the tensors mean (configuration, geometry, units) and a
 hash of the content; a map also carries the hash of the weights that folded it.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from cmanp_ros.core import CMANP, CMANPConfig, State
 from cmanp_ros.core.errors import CheckpointError, CMANPError
+from cmanp_ros.core.lattice import FARTHEST
 from cmanp_ros.core.state import from_tensors
 from cmanp_ros.core.tiles import keys_of
 
 FORMAT_VERSION = 2
 MODEL, MAP = 'cmanp_ros model', 'cmanp_ros map'
+
+
+class OtherWeightsError(CheckpointError):
+    """
+    A map that was folded by another model.
+    """
 
 
 def save_model(model: CMANP, path, extra: dict | None = None) -> Path:
@@ -31,7 +40,8 @@ def save_model(model: CMANP, path, extra: dict | None = None) -> Path:
     :param extra: provenance kept in the header (command, seed, metrics).
     """
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    return _write(path, MODEL, tensors, {'config': model.config.to_dict(), 'extra': extra or {}})
+    header = {'config': model.config.to_dict(), 'extra': extra or {}}
+    return _write(path, _bytes(MODEL, tensors, header))
 
 
 def load_model(path_or_name='field', device='cpu') -> CMANP:
@@ -78,13 +88,9 @@ def save_map(path, keys: list[tuple[int, ...]], state: State | None, header: dic
     """
     Write the tiles of a map; the file appears whole or not at all.
 
-    :param keys: level and lattice index of each tile; `state` holds them in this order.
-    :param header: plain values: weights_hash, geometry, normalization and whatever else.
+    :param keys, state, header: as for `map_bytes`.
     """
-    tensors = {'key': torch.tensor(keys, dtype=torch.int64)} if keys else {}
-    if state is not None:
-        tensors |= state.tensors()
-    return _write(path, MAP, tensors, header)
+    return _write(path, map_bytes(keys, state, header))
 
 
 def load_map(path, model: CMANP) -> tuple[list[tuple[int, ...]], State, dict]:
@@ -94,25 +100,67 @@ def load_map(path, model: CMANP) -> tuple[list[tuple[int, ...]], State, dict]:
     :return: keys, states and header as `save_map` took them.
     :raises CheckpointError: for a missing, damaged or foreign file, or another model's map.
     """
-    tensors, header = _read(path, MAP)
+    return map_from_bytes(_content(path), model, path)
+
+
+def map_bytes(keys: list[tuple[int, ...]], state: State | None, header: dict) -> bytes:
+    """
+    Return the content of a map's file, to be written or sent.
+
+    :param keys: level and lattice index of each tile; `state` holds them in this order.
+    :param header: plain values: weights_hash, geometry, normalization and whatever else.
+    """
+    tensors = {'key': torch.tensor(keys, dtype=torch.int64)} if keys else {}
+    if state is not None:
+        tensors |= state.tensors()
+    return _bytes(MAP, tensors, header)
+
+
+def map_from_bytes(data: bytes, model: CMANP, source='the map'):
+    """
+    Read the content of a map's file, wherever it came from: all of it is verified.
+
+    :param source: what errors call it.
+    :return: keys, states and header as `map_bytes` took them.
+    :raises OtherWeightsError: for another model's map.
+    :raises CheckpointError: for damaged or foreign content.
+    """
+    tensors, header = _parse(data, MAP, source)
     expected = weights_hash(model)
-    if header['weights_hash'] != expected:
-        raise CheckpointError(
-            f'{path} was folded by weights {header["weights_hash"][:12]}, this model has '
+    if (found := str(header.get('weights_hash'))) != expected:
+        raise OtherWeightsError(
+            f'{source} was folded by weights {found[:12]}, this model has '
             f'{expected[:12]}: load it with the checkpoint that made it'
         )
-    keys, empty = tensors.pop('key', None), model.init_state(0).tensors()
+    empty = model.init_state(0).tensors()
+    keys = _keys(tensors.pop('key', None), model.config, source)
     tensors = tensors or empty  # a map of no tiles
     _compare(
         {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()},
         {name: tuple(tensor.shape[1:]) for name, tensor in empty.items()},
-        str(path),
+        str(source),
     )
+    for name, tensor in tensors.items():
+        if len(tensor) != len(keys) or tensor.dtype != empty[name].dtype:
+            raise CheckpointError(
+                f'{source}: {name} holds {len(tensor)} tiles of {tensor.dtype}, expected '
+                f'{len(keys)} of {empty[name].dtype}'
+            )
     device = empty['num_observations'].device
     state = from_tensors({name: tensor.to(device) for name, tensor in tensors.items()})
     if not state.is_finite():
-        raise CheckpointError(f'{path} holds sums that are not finite; it cannot be used')
-    return [] if keys is None else keys_of(keys), state, header
+        raise CheckpointError(f'{source} holds sums that are not finite; it cannot be used')
+    return keys, state, header
+
+
+def remove_leftovers(folder):
+    """
+    Remove what writers left that were killed; one that is writing now holds a lock on its file.
+    """
+    for path in Path(folder).glob('.*.safetensors.*'):
+        with suppress(OSError), open(path, 'rb') as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def load_reference(state_dict: dict, config: CMANPConfig) -> CMANP:
@@ -240,10 +288,29 @@ def _digest(tensors, header):
     return digest.hexdigest()
 
 
-def _write(path, kind, tensors, header):
-    path = Path(path)
-    if path.suffix != '.safetensors':
-        raise CheckpointError(f'{path}: expected a name that ends in .safetensors')
+def _keys(tensor, config, source):
+    """
+    Return the keys of tiles; None is no tiles.
+
+    :raises CheckpointError: for keys that no tile can have.
+    """
+    if tensor is None:
+        return []
+    width = 1 + config.dim_x
+    if tensor.dtype != torch.int64 or tensor.ndim != 2 or tensor.shape[1] != width:
+        raise CheckpointError(
+            f'{source}: key has shape {tuple(tensor.shape)} of {tensor.dtype}, expected '
+            f'(tiles, {width}) of torch.int64'
+        )
+    keys, is_near = keys_of(tensor), ((tensor >= -FARTHEST) & (tensor <= FARTHEST)).all()
+    if not is_near or len(set(keys)) < len(keys):
+        raise CheckpointError(
+            f'{source} holds a tile that is {FARTHEST:.0e} tiles away, or twice; it cannot be used'
+        )
+    return keys
+
+
+def _bytes(kind, tensors, header):
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         'kind': kind,
@@ -251,36 +318,59 @@ def _write(path, kind, tensors, header):
         'header': json.dumps(header, sort_keys=True),
         'sha256': _digest(tensors, header),
     }
-    data = save(tensors, metadata)
+    return save(tensors, metadata)
+
+
+def _write(path, data):
+    path = Path(path)
+    if path.suffix != '.safetensors':
+        raise CheckpointError(f'{path}: expected a name that ends in .safetensors')
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     try:
         with os.fdopen(descriptor, 'wb') as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed: see remove_leftovers
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
             os.fchmod(file.fileno(), 0o644)  # mkstemp is private; maps are to be shared
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too, outlives a power cut
+    finally:
+        os.close(folder)
     return path
 
 
 def _read(path, kind):
+    return _parse(_content(path), kind, path)
+
+
+def _content(path):
+    if not Path(path).is_file():
+        raise CheckpointError(f'{path}: no such file')
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f'{path} cannot be read ({error}): make it readable') from error
+
+
+def _parse(data, kind, path):
     """
-    Read and verify a file.
+    Read and verify the content of a file.
 
     :return: tensors by name, header.
     :raises CheckpointError: saying what is wrong with it.
     """
-    if not Path(path).is_file():
-        raise CheckpointError(f'{path}: no such file')
     try:
-        with safe_open(path, framework='pt') as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors = load(data)
+        length = int.from_bytes(data[:8], 'little')
+        metadata = json.loads(data[8 : 8 + length]).get('__metadata__') or {}
+    except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(
             f'{path} is truncated, damaged or not a safetensors file ({error})'
         ) from error
@@ -295,8 +385,8 @@ def _read(path, kind):
         )
     try:
         header = json.loads(metadata.get('header', ''))
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
-    if metadata.get('sha256') != _digest(tensors, header):
+    if not isinstance(header, dict) or metadata.get('sha256') != _digest(tensors, header):
         raise CheckpointError(f'{path} is damaged: its content does not match its checksum')
     return tensors, header

@@ -36,8 +36,8 @@ class MessageError(InputError):
     """
     A message that cannot be read; nothing was taken from it.
 
-    :ivar reason: counter key: 'missing_field', 'bad_datatype', 'bad_field_layout', 'bad_size',
-        'wrong_dim' or 'too_many_points'.
+    :ivar reason: counter key: 'missing_field', 'missing_element', 'not_numeric', 'bad_datatype',
+        'bad_field_layout', 'bad_size', 'wrong_dim' or 'too_many_points'.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -200,7 +200,7 @@ def prediction_message(
     message.mean = float_array(mean)
     message.stddev = float_array(stddev)
     message.status = _byte_array('B', status.astype(np.uint8))
-    message.num_observations = int(num_observations)
+    message.num_observations = min(int(num_observations), 2**64 - 1)  # a peer may claim any
     return message
 
 
@@ -259,11 +259,24 @@ def stamp_from_nanoseconds(nanoseconds: int) -> Time:
     """
     Convert nanoseconds to a stamp.
 
-    :param nanoseconds: [ns] since the epoch.
+    :param nanoseconds: [ns] since the epoch; a stamp that is none (its nanoseconds are more than a
+        second) can be too late for a Time, which is then the last one.
     :return: builtin_interfaces/Time.
     """
     seconds, rest = divmod(int(nanoseconds), 1_000_000_000)
-    return Time(sec=seconds, nanosec=rest)
+    return Time(sec=min(max(seconds, -(2**31)), 2**31 - 1), nanosec=rest)
+
+
+def one_line(text: str, limit: int = 1000) -> str:
+    """
+    Make a text with names from a message fit for a log, in which it must not look like others.
+
+    :param limit: [characters] of a longer text the middle is left out.
+    :return: one line without control characters.
+    """
+    if len(text) > limit:
+        text = f'{text[: limit // 2]} ... {text[-limit // 2 :]}'
+    return ''.join(character if character.isprintable() else ' ' for character in text)
 
 
 def _field_layout(cloud: PointCloud2, name: str) -> tuple[np.dtype, int]:

@@ -14,28 +14,37 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+
+from cmanp_ros.health import Counts
 
 _BUCKETS_PER_WINDOW = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class CounterSnapshot:
+class CounterSnapshot(Counts):
     """
     What became of everything received, at one moment.
 
-    :ivar rejected: reason -> count.
     :ivar pending: received and not yet decided upon.
     :ivar rate: folded per second, over the last window.
     """
 
-    received: int
-    folded: int
-    rejected: Mapping[str, int]
-    dropped: int
-    pending: int
-    rate: float
+    pending: int = 0
+    rate: float = 0.0
+
+    def __add__(self, other: CounterSnapshot) -> CounterSnapshot:
+        """Return the counters of two inputs together."""
+        return CounterSnapshot(
+            self.received + other.received,
+            self.folded + other.folded,
+            dict(Counter(self.rejected) + Counter(other.rejected)),
+            self.dropped + other.dropped,
+            self.pending + other.pending,
+            self.rate + other.rate,
+        )
 
     @property
     def conserved(self) -> bool:
@@ -163,6 +172,24 @@ class Counters:
             )
 
 
+class Latency:
+    """The last durations, in constant memory; [s]."""
+
+    def __init__(self, size: int = 100):
+        """Start with none."""
+        self._last, self._number = np.zeros(size), 0
+
+    def add(self, seconds: float):
+        """Take note of one."""
+        self._last[self._number % len(self._last)] = seconds
+        self._number += 1
+
+    def median(self) -> float | None:
+        """Return the median of the last ones; None before the first."""
+        known = self._last[: self._number]
+        return float(np.median(known)) if len(known) else None
+
+
 def status_message(
     name: str,
     level: bytes | int,
@@ -184,6 +211,27 @@ def status_message(
     status.level = level if isinstance(level, bytes) else bytes([level])
     status.values = [KeyValue(key=key, value=_value_text(value)) for key, value in values.items()]
     return status
+
+
+def counts_from_status(status: DiagnosticStatus, prefix: str = '') -> Counts:
+    """
+    Read the counters that a node wrote into its status with `CounterSnapshot.values`.
+
+    :param status: diagnostic_msgs/DiagnosticStatus, from any version of the node.
+    :param prefix: as they were written with, such as 'points_'.
+    :return: counters; what is not there, or no number, is 0.
+    """
+    numbers = {pair.key: int(pair.value) for pair in status.values if pair.value.isdecimal()}
+    rejected = f'{prefix}rejected_'
+    return Counts(
+        *(numbers.get(f'{prefix}{key}', 0) for key in ('received', 'folded')),
+        {
+            key.removeprefix(rejected): count
+            for key, count in numbers.items()
+            if key.startswith(rejected)
+        },
+        numbers.get(f'{prefix}dropped', 0),
+    )
 
 
 def array_message(statuses: Iterable[DiagnosticStatus], stamp: Time) -> DiagnosticArray:

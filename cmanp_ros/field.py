@@ -6,13 +6,19 @@ The only object that the node holds; usable without ROS.
 
 import json
 from dataclasses import dataclass, replace
+from uuid import uuid4
 
 import numpy as np
 import torch
 
 from cmanp_ros import checkpoint as files
 from cmanp_ros.core import CMANP, Lattice, Normalization, OneTile, World
-from cmanp_ros.core.errors import ConfigError, InputError, StateMismatchError
+from cmanp_ros.core.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    StateMismatchError,
+)
 from cmanp_ros.core.lattice import geometry
 from cmanp_ros.store import TileStore
 
@@ -41,6 +47,7 @@ class NeuralField:
         half_life_sec=None,
         max_tiles: int = 2048,
         store=None,
+        undo_window_sec=None,
     ):
         """
         Start with an empty map, or with what the store holds; `load` is the usual way.
@@ -48,6 +55,7 @@ class NeuralField:
         :param half_life_sec: [s] after which an observation counts half; None: never.
         :param max_tiles: kept in memory; the least recently used go to the store.
         :param store: path of the file that takes the others; None: they are dropped and counted.
+        :param undo_window_sec: [s] how far `undo` reaches; None: nothing is kept for it.
         """
         if geometry.dim_x != model.config.dim_x:
             raise ConfigError(
@@ -56,9 +64,10 @@ class NeuralField:
             )
         self.model, self.geometry, self.normalization = model, geometry, normalization
         self.half_life_sec = half_life_sec
-        self._weights_hash = files.weights_hash(model)
+        self.weights_hash = files.weights_hash(model)
         self._store = store and TileStore(store, self._identity())
-        self.world = World(model, geometry, max_tiles, self._store)
+        self.world = World(model, geometry, max_tiles, self._store, undo_window_sec)
+        self.world.tiles.totals.setdefault('robots', [uuid4().hex])
         self._version = 0
 
     @classmethod
@@ -74,6 +83,7 @@ class NeuralField:
         one_tile: bool = False,
         max_tiles: int = 2048,
         store=None,
+        undo_window_sec=None,
     ):
         """
         Make an empty map.
@@ -95,7 +105,15 @@ class NeuralField:
             lattice = Lattice.of(model.config, size if tile_size is None else tile_size)
             geometry = replace(lattice, dim_x=geometry.dim_x)
         normalization = Normalization(value_offset, value_scale)
-        return cls(model, geometry, normalization, half_life_sec, max_tiles, store)
+        return cls(
+            model, geometry, normalization, half_life_sec, max_tiles, store, undo_window_sec
+        )
+
+    def empty_like(self, max_tiles: int) -> 'NeuralField':
+        """Return an empty map in memory, with the same model, tiles and units."""
+        return NeuralField(
+            self.model, self.geometry, self.normalization, self.half_life_sec, max_tiles
+        )
 
     def warm_up(self, x):
         """
@@ -103,7 +121,7 @@ class NeuralField:
 
         :param x: (n, dim_x) [m], some locations in the workspace.
         """
-        scratch = NeuralField(self.model, self.geometry, self.normalization)
+        scratch = self.empty_like(self.world.tiles.max_tiles)
         typical = self.normalization.value_from_model(np.zeros((len(x), self.model.config.dim_y)))
         scratch.observe(x, typical)
         scratch.predict(x)
@@ -119,6 +137,16 @@ class NeuralField:
     def num_observations(self) -> int:
         """Points folded so far."""
         return self.world.num_observations
+
+    @property
+    def robots(self) -> list[str]:
+        """
+        Ids of the maps whose observations this one holds: first its own, then those merged.
+
+        The own id is drawn when a map begins; it stays through reset and undo, is saved with the
+        map, and comes with it when it is loaded.
+        """
+        return self.world.tiles.totals['robots']
 
     @property
     def num_tiles(self) -> int:
@@ -151,7 +179,8 @@ class NeuralField:
 
         :param x: (n, dim_x) [m].
         :param y: (n, dim_y) or, if dim_y is 1, (n,) [field units].
-        :raises InputError: for wrong shapes; the map is unchanged.
+        :raises InputError: for wrong shapes, or when a sum would not be finite; the map is
+            unchanged, to the bit.
         """
         config = self.model.config
         x = _as_matrix(x, config.dim_x, 'x')
@@ -179,11 +208,48 @@ class NeuralField:
         return Observed(folded, rejected)
 
     def reset(self):
-        """Forget everything, in the store too; the prediction is the prior again."""
+        """
+        Forget everything, in the store too; the prediction is the prior again.
+
+        No `undo` goes back beyond it.
+        """
+        own = self.robots[:1]
         if self._store is not None:
             self._store.clear()
         self.world.clear()
+        self.world.tiles.totals['robots'] = own
         self._version += 1
+
+    def mark(self, now: float):
+        """
+        Let `undo` go back to this moment: call it before each `observe` or `merge`.
+
+        Marks closer than an eighth of the window are left out; without a window it does nothing.
+
+        :param now: [s] on a clock that never goes back.
+        """
+        tiles = self.world.tiles
+        if tiles.history is not None:
+            tiles.history.mark(now, tiles.totals)
+
+    def undo(self, seconds: float, now: float) -> tuple[int, float]:
+        """
+        Take back the observations and merges of the last seconds: the map is, to the bit, as then.
+
+        It goes to the newest mark that is so old, or to the oldest that is kept. Fading by
+        `forget` is not taken back: the map fades as if what is taken back had never come. Asking
+        again takes back nothing more, unless it is for more seconds. Reset and load begin a new
+        history.
+
+        :param now: [s] on the clock of `mark`.
+        :return: number of observations and [s] really taken back; 0 and 0.0 without a mark.
+        :raises InputError: for a time that is not positive, or without a window.
+        :raises CheckpointError: when the store cannot be written; nothing is changed then.
+        """
+        before = self.num_observations
+        seconds = self.world.tiles.undo(seconds, now)
+        self._version += seconds > 0
+        return before - self.num_observations, seconds
 
     def forget(self, dt_sec: float):
         """
@@ -204,20 +270,33 @@ class NeuralField:
         """
         Take over all that another map has observed, exactly; each observation once.
 
-        :raises StateMismatchError: for other weights, tiles or units; nothing is changed.
+        :raises StateMismatchError: for other weights, tiles or units, or observations that are
+            in both; nothing is changed.
         """
-        if self._weights_hash != other._weights_hash:
+        self._check_fits(other._identity())
+        if shared := set(self.robots) & set(other.robots):
             raise StateMismatchError(
-                f'the other map was folded by weights {other._weights_hash[:12]}, this one by '
-                f'{self._weights_hash[:12]}: use one checkpoint for both'
-            )
-        if self.normalization != other.normalization:
-            raise StateMismatchError(
-                f'the other map has {other.normalization}, this one {self.normalization}: use '
-                'the same value_offset and value_scale for both'
+                f'both maps hold observations of {sorted(shared)}, which would count twice: merge '
+                'maps that began apart, or load the other one in place of this'
             )
         with torch.inference_mode():
             self.world.merge(other.world)
+        self.world.tiles.totals['robots'] = [*self.robots, *other.robots]
+        self._version += 1
+
+    def replace_with(self, other: 'NeuralField'):
+        """
+        Hold what another map holds and nothing else; in the store all at once, or not at all.
+
+        No `undo` goes back beyond it.
+
+        :raises StateMismatchError: for other weights, tiles or units; nothing is changed.
+        :raises CheckpointError: when the store cannot be written; nothing is changed.
+        """
+        self._check_fits(other._identity())
+        with torch.inference_mode():
+            exported = other.world.export()
+            self.world.load(*exported, other.num_observations, robots=list(other.robots))
         self._version += 1
 
     def flush(self):
@@ -236,9 +315,35 @@ class NeuralField:
 
         :param extra: provenance, such as the frame and the stamp.
         """
-        keys, state = self.world.export()
-        header = self._identity() | {'num_observations': self.num_observations, 'extra': extra}
-        files.save_map(path, keys, state, header)
+        files.save_map(path, *self.exported(**extra))
+
+    def to_bytes(self, **extra) -> bytes:
+        """Return what `save` writes."""
+        return files.map_bytes(*self.exported(**extra))
+
+    def exported(self, **extra) -> tuple:
+        """Return a copy of the map as `checkpoint.save_map` takes it."""
+        with torch.inference_mode():
+            keys, state = self.world.export()
+        more = {name: getattr(self, name) for name in ('num_observations', 'robots')}
+        return keys, state, self._identity() | more | {'extra': extra}
+
+    def read(self, data: bytes, source='the map') -> tuple['NeuralField', dict]:
+        """
+        Read another map that fits this one, which is unchanged; all of it is verified.
+
+        :param data: what `save` wrote.
+        :param source: what errors call it.
+        :return: the map, in memory, and the provenance saved with it.
+        :raises OtherWeightsError: for a map that another model folded.
+        :raises StateMismatchError: for other tiles or units.
+        :raises CheckpointError: for damaged or foreign content.
+        """
+        keys, state, header = files.map_from_bytes(data, self.model, source)
+        self._check_fits(header, source)
+        field = self.empty_like(max(1, len(keys)))
+        field._load(keys, state, header, source)
+        return field, header.get('extra')
 
     @classmethod
     def restore(
@@ -262,14 +367,41 @@ class NeuralField:
         )
         if field.num_tiles:
             raise ConfigError(f'the store {store} holds a map already: restore into a new one')
-        with torch.inference_mode():
-            field.world.load(keys, state, header['num_observations'])
+        field._load(keys, state, header, path)
         return field
+
+    def _load(self, keys, state, header, source):
+        count, robots = header.get('num_observations'), header.get('robots', self.robots)
+        are_names = isinstance(robots, list) and all(isinstance(name, str) for name in robots)
+        if type(count) is not int or count < 0 or not (are_names and robots):
+            raise CheckpointError(
+                f'{source} has num_observations {count!r} and robots {robots!r}: expected a count '
+                'and names; it cannot be used'
+            )
+        with torch.inference_mode():
+            self.world.load(keys, state, count, robots=robots)
+
+    def _check_fits(self, identity, source='the other map'):
+        """
+        Compare with the `_identity` of another map.
+
+        :raises StateMismatchError: naming what differs.
+        """
+        for name, way_out in (
+            ('weights_hash', 'use one checkpoint for both'),
+            ('normalization', 'use the same value_offset and value_scale for both'),
+            ('geometry', 'use the same tile_size, or the same bounds, for both'),
+        ):
+            there, here = identity.get(name), self._identity()[name]
+            if there != here:
+                raise StateMismatchError(
+                    f'{source} has {name} {there!r}, this map has {here!r}: {way_out}'
+                )
 
     def _identity(self):
         """Return what a file or a store must agree in, as plain values."""
         return {
-            'weights_hash': self._weights_hash,
+            'weights_hash': self.weights_hash,
             'geometry': json.loads(json.dumps(self.geometry.to_dict())),
             'normalization': self.normalization.to_dict(),
         }

@@ -1,8 +1,9 @@
 """
-One table declares every parameter of the node: type, default, range, unit and text.
+Two tables declare every parameter, those of the node and those of one source of observations.
 
-The table is the fields of `NodeParameters`. The node's declarations, config/cmanp.yaml and the
-table in README.md are made from it, and nothing here needs ROS until `declare` is called.
+A row has type, default, range, unit and text; the rows are the fields of `NodeParameters` and of
+`SourceParameters`. The node's declarations, config/cmanp.yaml and the tables in README.md are made
+from them, and nothing here needs ROS until `declare` is called.
 """
 
 from __future__ import annotations
@@ -12,20 +13,135 @@ import dataclasses
 import difflib
 import math
 import numbers
+import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from cmanp_ros.core.errors import ConfigError
 
 _NOT_OURS = ('use_sim_time', 'start_type_description_service')  # ROS declares these itself
-_KINDS = {bool: 'bool', int: 'int', float: 'double', str: 'string', tuple: 'double[]'}
+_QOS_OVERRIDES = 'qos_overrides'  # and what is below this
+_KINDS = {
+    'bool': 'bool',
+    'int': 'int',
+    'float': 'double',
+    'str': 'string',
+    'tuple[float, ...]': 'double[]',
+    'tuple[str, ...]': 'string[]',
+}  # annotation of a field -> type of the ROS parameter
+_DEFAULT_TYPES = {
+    'points': 'sensor_msgs/msg/PointCloud2',
+    'observations': 'cmanp_ros/msg/Observations',
+}  # source -> type of its messages
+_SOURCE_NAME = re.compile('[A-Za-z][A-Za-z0-9_]*')
+_TOPIC_NAME = re.compile('(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*')
 
 
-def _parameter(default, text, unit='', lower=None, upper=None, read_only=True):
-    """Describe one parameter; lower and upper bound each number of it, both included."""
-    metadata = {'text': text, 'unit': unit, 'lower': lower, 'upper': upper, 'read_only': read_only}
+def _parameter(default, text, unit='', lower=None, upper=None, read_only=True, choices=()):
+    """
+    Describe one parameter.
+
+    Lower and upper bound each number of it, both included; choices are all that a string may be.
+    """
+    metadata = {
+        'text': text,
+        'unit': unit,
+        'lower': lower,
+        'upper': upper,
+        'read_only': read_only,
+        'choices': choices,
+    }
     return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceParameters:
+    """
+    Validated parameters of one source; making one that cannot be used raises `ConfigError`.
+
+    :ivar name: one of the node's `sources`; its parameters are declared as `<name>.<parameter>`.
+    """
+
+    name: str
+    topic: str = _parameter('', 'Topic of the messages; empty: the name of the source.')
+    type: str = _parameter(
+        '',
+        "Type of the messages, such as 'sensor_msgs/msg/Temperature'; may be left out only for "
+        'points (PointCloud2) and observations (Observations).',
+    )
+    enabled: bool = _parameter(
+        True, 'Whether its messages are folded; if not, they are rejected.', read_only=False
+    )
+    value_field: str = _parameter(
+        '',
+        "Where the value is: a field of a cloud, or a path such as 'magnetic_field.x' or "
+        "'readings[0].value' (a vector counts by its length); empty: value_field of the node for "
+        'a cloud, the reading of a known sensor.',
+    )
+    reliability: str = _parameter(
+        'best_effort',
+        'Quality of service; reliable is refused by publishers that are best effort.',
+        choices=('best_effort', 'reliable'),
+    )
+    depth: int = _parameter(
+        10, 'Messages that ROS keeps until they are read.', 'messages', 1, 10000
+    )
+    value_scale: float = _parameter(
+        1.0,
+        'Converts units: the value is what the message says * value_scale + value_offset.',
+        'field units per unit of the message',
+    )
+    value_offset: float = _parameter(0.0, 'Converts units; see value_scale.', 'field units')
+    voxel_size: float = _parameter(
+        0.0,
+        'Thins the points: one per voxel of this size in the map frame is folded; 0: all are.',
+        'm',
+        0.0,
+        1e9,
+        read_only=False,
+    )
+    revisit_interval: float = _parameter(
+        0.0,
+        'Time of the stamps after which a voxel may give a point again; 0: not while it is '
+        'remembered.',
+        's',
+        0.0,
+        1e9,
+        read_only=False,
+    )
+    max_rate: float = _parameter(
+        0.0,
+        'Most messages folded per second of the stamps; 0: all are.',
+        'Hz',
+        0.0,
+        1e6,
+        read_only=False,
+    )
+
+    def __post_init__(self) -> None:
+        """Convert integers to the doubles they stand for, fill in what is empty, and validate."""
+        if not _SOURCE_NAME.fullmatch(self.name) or self.name == _QOS_OVERRIDES:
+            raise ConfigError(
+                f'sources has {self.name!r}; expected a name of letters, digits and _ that begins '
+                f"with a letter (and not '{_QOS_OVERRIDES}'); the topic is set by <source>.topic"
+            )
+        for spec in SOURCE_TABLE:
+            value = spec.below(self.name).checked(getattr(self, spec.name))
+            object.__setattr__(self, spec.name, value)
+        object.__setattr__(self, 'topic', self.topic or self.name)
+        object.__setattr__(self, 'type', self.type or _DEFAULT_TYPES.get(self.name, ''))
+        if not self.type:
+            raise ConfigError(
+                f'source {self.name!r} has no type; expected the type of its messages: set '
+                f"{self.name}.type, as in 'sensor_msgs/msg/PointCloud2'"
+            )
+        _check_topic(f'{self.name}.topic', self.topic)
+        if self.value_scale == 0:
+            raise ConfigError(
+                f'{self.name}.value_scale is 0, which makes all values alike; expected another '
+                'number: 1 keeps the units'
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +194,13 @@ class NodeParameters:
         0.1,
         86400.0,
     )
-    value_field: str = _parameter('z', 'Field of the clouds on points that holds the value.')
+    sources: tuple[str, ...] = _parameter(
+        tuple(_DEFAULT_TYPES),
+        'Names of the sources of observations; each has parameters of its own, as points.topic.',
+    )
+    value_field: str = _parameter(
+        'z', 'Field of the clouds that holds the value, unless their source has one of its own.'
+    )
     value_offset: float = _parameter(
         0.0,
         'Typical value of the field; predictions far from any observation return to it.',
@@ -97,6 +219,14 @@ class NodeParameters:
         1,
         10000,
     )
+    max_pending: int = _parameter(
+        50,
+        'Messages of each source that wait for their transform; beyond it the oldest is dropped '
+        'and counted.',
+        'messages',
+        1,
+        10000,
+    )
     max_points: int = _parameter(
         1000000,
         'Most points of one message; a larger message is rejected and counted.',
@@ -110,6 +240,7 @@ class NodeParameters:
         'locations',
         1,
         10000000,
+        read_only=False,
     )
     max_joint_targets: int = _parameter(
         2000,
@@ -117,10 +248,18 @@ class NodeParameters:
         'locations',
         1,
         20000,
+        read_only=False,
     )
-    max_samples: int = _parameter(100, 'Most sampled fields of one request.', 'samples', 0, 10000)
+    max_samples: int = _parameter(
+        100, 'Most sampled fields of one request.', 'samples', 0, 10000, read_only=False
+    )
     grid_resolution: float = _parameter(
-        0.5, 'Size of a cell of the published grid.', 'm/cell', 1e-4, 1e6
+        0.5,
+        'Size of a cell of the published grid.',
+        'm/cell',
+        1e-4,
+        1e6,
+        read_only=False,
     )
     grid_window: float = _parameter(
         0.0,
@@ -128,6 +267,7 @@ class NodeParameters:
         'm',
         0.0,
         1e9,
+        read_only=False,
     )
     publish_rate: float = _parameter(
         1.0,
@@ -140,20 +280,83 @@ class NodeParameters:
         1.0, 'How often the status is published; 0: never.', 'Hz', 0.0, 100.0
     )
     mean_range: tuple[float, ...] = _parameter(
-        (-2.0, 2.0), 'Means that ~/mean shows as 0 and as 100.', 'field units'
+        (-2.0, 2.0), 'Means that ~/mean shows as 0 and as 100.', 'field units', read_only=False
     )
     stddev_range: tuple[float, ...] = _parameter(
-        (0.0, 1.0), 'Standard deviations that ~/stddev shows as 0 and as 100.', 'field units'
+        (0.0, 1.0),
+        'Standard deviations that ~/stddev shows as 0 and as 100.',
+        'field units',
+        read_only=False,
     )
     tf_timeout: float = _parameter(
-        0.2, 'How long to wait for the transform at the stamp of a message.', 's', 0.0, 60.0
+        0.2,
+        'How long to wait for the transform at the stamp of a message.',
+        's',
+        0.0,
+        60.0,
+        read_only=False,
     )
 
+    half_life: float = _parameter(
+        0.0,
+        'Time in which what was observed comes to count half; 0: nothing is forgotten.',
+        's',
+        0.0,
+        1e9,
+    )
+    state_directory: str = _parameter(
+        '', 'Folder of the maps that are saved and restored; empty: none are.'
+    )
+    autosave_period: float = _parameter(
+        0.0, 'How often the map is saved to state_directory; 0: only on request.', 's', 0.0, 1e6
+    )
+    restore: str = _parameter(
+        '', 'Name of the saved map to begin with; empty: begin with an empty map.'
+    )
+    undo_window: float = _parameter(
+        0.0, 'How far back ~/undo reaches; 0: nothing is kept to undo.', 's', 0.0, 1e6
+    )
+    peers: tuple[str, ...] = _parameter(
+        (),
+        "Topics with the states of other robots, such as '/robot2/cmanp/state', which are merged.",
+    )
+    state_rate: float = _parameter(
+        0.0, 'How often ~/state is published; 0: only on request.', 'Hz', 0.0, 100.0
+    )
+    on_clock_jump: str = _parameter(
+        'keep',
+        'What becomes of the map when time jumps back, as with a bag that begins again: keep it, '
+        'reset it, or pause and keep it.',
+        read_only=False,
+        choices=('keep', 'reset', 'pause'),
+    )
+    calibration_period: float = _parameter(
+        5.0,
+        'How often new observations are compared with the prediction before they are folded; 0: '
+        'never.',
+        's',
+        0.0,
+        86400.0,
+        read_only=False,
+    )
+    source_parameters: tuple[SourceParameters, ...] = ()
+
     def __post_init__(self) -> None:
-        """Convert integers to the doubles they stand for, and validate."""
+        """
+        Convert integers to the doubles they stand for, and validate.
+
+        `source_parameters` is put in the order of `sources`; sources not in it have defaults.
+        """
         for spec in TABLE:
             object.__setattr__(self, spec.name, spec.checked(getattr(self, spec.name)))
+        given = {source.name: source for source in self.source_parameters}
+        in_order = tuple(given.get(name) or SourceParameters(name) for name in self.sources)
+        object.__setattr__(self, 'source_parameters', in_order)
         _check_together(self)
+
+    def source(self, name: str) -> SourceParameters:
+        """Return the parameters of one of `sources`, as they are now."""
+        return self.source_parameters[self.sources.index(name)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +364,10 @@ class ParameterSpec:
     """
     One row of the table.
 
-    :ivar kind: ROS type: 'bool', 'int', 'double', 'string' or 'double[]'.
+    :ivar kind: ROS type: 'bool', 'int', 'double', 'string', 'double[]' or 'string[]'.
     :ivar lower: least number accepted; None: no bound. Likewise upper.
+    :ivar read_only: it cannot be changed once it is declared.
+    :ivar choices: all that a string may be; empty: anything.
     """
 
     name: str
@@ -173,32 +378,44 @@ class ParameterSpec:
     lower: float | None
     upper: float | None
     read_only: bool
+    choices: tuple[str, ...]
 
     @property
     def range_text(self) -> str:
-        """Say the range as in [0, 100]; empty if there is none."""
+        """Say the range as in [0, 100], or the choices; empty if there are none."""
+        if self.choices:
+            return ', '.join(repr(choice) for choice in self.choices)
         return '' if self.lower is None else f'[{_short(self.lower)}, {_short(self.upper)}]'
+
+    def below(self, source: str) -> ParameterSpec:
+        """Return this row of the sources' table as it is declared for one of them."""
+        return dataclasses.replace(self, name=f'{source}.{self.name}')
 
     def checked(self, value: Any) -> Any:
         """
         Return the value in the parameter's own type.
 
         :param value: from YAML, the command line or a caller; an integer stands for a double.
-        :return: bool, int, float, str or tuple of float.
+        :return: bool, int, float, str, or tuple of float or str.
         :raises ConfigError: of another type, not finite, or out of range.
         """
         if self.kind == 'bool' and isinstance(value, bool):
             return value
-        may_be_empty = not self.default
-        if self.kind == 'string' and isinstance(value, str) and (value.strip() or may_be_empty):
+        if self.kind == 'string' and isinstance(value, str) and self._may_be(value):
             return value
         if self.kind == 'int' and _is_number(value, numbers.Integral) and self._in_range(value):
             return int(value)
         if self.kind == 'double' and _is_number(value, numbers.Real) and self._in_range(value):
             return float(value)
-        is_list = self.kind == 'double[]' and isinstance(value, (list, tuple, array.array))
-        if is_list and all(_is_number(v, numbers.Real) and self._in_range(v) for v in value):
-            return tuple(float(item) for item in value)
+        is_list = isinstance(value, (list, tuple, array.array))
+        if self.kind == 'double[]' and is_list:
+            if all(_is_number(item, numbers.Real) and self._in_range(item) for item in value):
+                return tuple(float(item) for item in value)
+        if self.kind == 'string[]' and value is None:
+            return ()  # rcl reads the list [] as a parameter that is not set
+        if self.kind == 'string[]' and is_list:
+            if all(isinstance(item, str) and item.strip() for item in value):
+                return tuple(value)
         raise ConfigError(f'parameter {self.name} is {value!r}; expected {self._expectation()}')
 
     def _in_range(self, value: float) -> bool:
@@ -207,8 +424,14 @@ class ParameterSpec:
         upper = math.inf if self.upper is None else self.upper
         return math.isfinite(value) and lower <= value <= upper
 
+    def _may_be(self, value: str) -> bool:
+        """Tell whether a text is one of the choices, or not empty unless the default is."""
+        return value in self.choices if self.choices else bool(value.strip() or not self.default)
+
     def _expectation(self) -> str:
         """Say what the parameter takes."""
+        if self.choices:
+            return f'one of {self.range_text}'
         unit = f' {self.unit}' if self.unit else ''
         what = {
             'bool': 'true or false',
@@ -216,46 +439,112 @@ class ParameterSpec:
             'double': 'a finite number',
             'string': "text that is not empty (quote it in YAML: 'y' without quotes means true)",
             'double[]': 'a list of finite numbers',
+            'string[]': 'a list of texts, none of them empty',
         }[self.kind]
         if self.lower is not None:
             return f'{what} in {self.range_text}{unit}'
         return f'{what}{f" [{self.unit}]" if self.unit else ""}'
 
 
-TABLE = tuple(
-    ParameterSpec(
-        name=field.name, kind=_KINDS[type(field.default)], default=field.default, **field.metadata
+def _table_of(parameters: type) -> tuple[ParameterSpec, ...]:
+    """Return the rows that the fields of a dataclass declare."""
+    return tuple(
+        ParameterSpec(
+            name=field.name, kind=_KINDS[field.type], default=field.default, **field.metadata
+        )
+        for field in dataclasses.fields(parameters)
+        if field.metadata
     )
-    for field in dataclasses.fields(NodeParameters)
-)
+
+
+TABLE = _table_of(NodeParameters)
+SOURCE_TABLE = _table_of(SourceParameters)
 
 
 def parameters_from(values: Mapping[str, Any]) -> NodeParameters:
     """
     Make parameters from names and values; those not named keep their defaults.
 
-    :param values: name -> value.
+    :param values: name -> value; those of a source as '<source>.<name>'.
     :return: validated parameters.
     :raises ConfigError: an unknown name, or values that cannot be used.
     """
-    check_names(values)
-    return NodeParameters(**values)
+    (spec,) = (spec for spec in TABLE if spec.name == 'sources')
+    sources = spec.checked(values.get('sources', spec.default))
+    check_names(values, sources)
+    return NodeParameters(
+        **_of_the_node(values),
+        source_parameters=tuple(
+            SourceParameters(name, **_of_source(name, values)) for name in sources
+        ),
+    )
 
 
-def check_names(names: Iterable[str]) -> None:
+def changed(parameters: NodeParameters, values: Mapping[str, Any]) -> NodeParameters:
     """
-    Refuse names that are not in the table: a misspelt parameter would be ignored in silence.
+    Make parameters in which some have other values, all at once or none; for a set callback.
+
+    :param parameters: as they are; left alone.
+    :param values: name -> new value; those that ROS declares itself are passed over.
+    :return: validated parameters.
+    :raises ConfigError: an unknown name, one that is read-only, or values that cannot be used.
+    """
+    values = _without_those_of_ros(values)
+    check_names(values, parameters.sources)
+    for spec, value in rows(parameters):
+        if spec.name in values and spec.read_only:
+            raise ConfigError(
+                f'parameter {spec.name} is {_yaml_value(value)} and cannot be changed to '
+                f'{values[spec.name]!r} while the node runs; set it before start'
+            )
+    return dataclasses.replace(
+        parameters,
+        **_of_the_node(values),
+        source_parameters=tuple(
+            dataclasses.replace(source, **_of_source(source.name, values))
+            for source in parameters.source_parameters
+        ),
+    )
+
+
+def rows(parameters: NodeParameters) -> Iterator[tuple[ParameterSpec, Any]]:
+    """
+    Go through every parameter as it is declared.
+
+    :param parameters: validated parameters.
+    :return: specification, with the full name, and value of each.
+    """
+    for spec in TABLE:
+        yield spec, getattr(parameters, spec.name)
+    for source in parameters.source_parameters:
+        for spec in SOURCE_TABLE:
+            yield spec.below(source.name), getattr(source, spec.name)
+
+
+def check_names(names: Iterable[str], sources: Iterable[str] = tuple(_DEFAULT_TYPES)) -> None:
+    """
+    Refuse names that are not in the tables: a misspelt parameter would be ignored in silence.
 
     :param names: of parameters that somebody set.
+    :param sources: names of the sources.
     :raises ConfigError: names the first unknown one and the nearest known one.
     """
-    known = [spec.name for spec in TABLE]
+    of_node = [spec.name for spec in TABLE]
+    of_source = {name: [spec.below(name).name for spec in SOURCE_TABLE] for name in sources}
+    known = [*of_node, *(name for below in of_source.values() for name in below)]
     for name in names:
         if name in known:
             continue
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        prefix, _, last = name.partition('.')
+        if prefix not in of_source and last in [spec.name for spec in SOURCE_TABLE]:
+            raise ConfigError(
+                f'parameter {name!r} is of a source that is not in sources = {list(sources)}; '
+                f'expected one of them: add {prefix!r} to sources, or take the parameter away'
+            )
+        there = of_source.get(prefix, of_node)
+        near = difflib.get_close_matches(name, there, n=1, cutoff=0.0)
         raise ConfigError(
-            f'unknown parameter {name!r}; did you mean {near[0]!r}? Known: {", ".join(known)}'
+            f'unknown parameter {name!r}; did you mean {near[0]!r}? Known: {", ".join(there)}'
         )
 
 
@@ -270,15 +559,10 @@ def declare(node) -> NodeParameters:
     :return: validated parameters.
     :raises ConfigError: an unknown name, or values that cannot be used.
     """
-    given = {
-        name: parameter.value
-        for name, parameter in node._parameter_overrides.items()
-        if name not in _NOT_OURS and not name.startswith('qos_overrides.')
-    }
-    parameters = parameters_from(given)
-    for spec in TABLE:
-        value = getattr(parameters, spec.name)
-        value = list(value) if spec.kind == 'double[]' else value
+    overrides = _without_those_of_ros(node._parameter_overrides)
+    parameters = parameters_from({name: given.value for name, given in overrides.items()})
+    for spec, value in rows(parameters):
+        value = list(value) if isinstance(value, tuple) else value
         node.declare_parameter(spec.name, value, _descriptor(spec), ignore_override=True)
     return parameters
 
@@ -289,6 +573,7 @@ def default_yaml() -> str:
 
     :return: text of a ROS 2 parameter file.
     """
+    parameters = NodeParameters()
     lines = [
         '# Every parameter of the node cmanp with its default, as cmanp_ros/parameters.py has it.',
         '# Write the numbers of one list alike: [0.0, 1.5], not [0, 1.5].',
@@ -296,21 +581,27 @@ def default_yaml() -> str:
         '  ros__parameters:',
     ]
     for spec in TABLE:
-        lines += textwrap.wrap(
-            _described(spec), 99, initial_indent='    # ', subsequent_indent='    # '
-        )
-        lines.append(f'    {spec.name}: {_yaml_value(spec.default)}')
+        lines += _yaml_comment(spec, '    ') + [f'    {spec.name}: {_yaml_value(spec.default)}']
+    for index, source in enumerate(parameters.source_parameters):
+        lines += ['', f'    {source.name}:']
+        for spec in SOURCE_TABLE:  # what they mean is said once, at the first source
+            lines += _yaml_comment(spec, '      ') if index == 0 else []
+            lines.append(f'      {spec.name}: {_yaml_value(getattr(source, spec.name))}')
     return '\n'.join(lines) + '\n'
 
 
-def markdown_table() -> str:
+def markdown_table(table: tuple[ParameterSpec, ...] = TABLE) -> str:
     """
-    Render the table of README.md.
+    Render a table of README.md.
 
+    :param table: `TABLE`, or `SOURCE_TABLE`.
     :return: a Markdown table, one row per parameter.
     """
-    rows = ['| parameter | type | default | range | unit | meaning |', '|---|---|---|---|---|---|']
-    for spec in TABLE:
+    lines = [
+        '| parameter | type | default | range | unit | meaning |',
+        '|---|---|---|---|---|---|',
+    ]
+    for spec in table:
         cells = (
             f'`{spec.name}`',
             spec.kind,
@@ -319,8 +610,38 @@ def markdown_table() -> str:
             spec.unit,
             spec.text,
         )
-        rows.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(rows) + '\n'
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
+def _without_those_of_ros(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the parameters that ROS declares itself."""
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in _NOT_OURS and not name.startswith(f'{_QOS_OVERRIDES}.')
+    }
+
+
+def _of_the_node(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the parameters that are of no source."""
+    return {name: value for name, value in values.items() if '.' not in name}
+
+
+def _of_source(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the parameters of one source, under their names in its table."""
+    start = f'{source}.'
+    return {
+        name.removeprefix(start): value for name, value in values.items() if name.startswith(start)
+    }
+
+
+def _check_topic(name: str, topic: str) -> None:
+    """Refuse what is no name of a topic."""
+    if not _TOPIC_NAME.fullmatch(topic):
+        raise ConfigError(
+            f"parameter {name} has {topic!r}; expected the name of a topic, such as 'lidar/points'"
+        )
 
 
 def _check_together(parameters: NodeParameters) -> None:
@@ -347,6 +668,20 @@ def _check_together(parameters: NodeParameters) -> None:
         raise ConfigError(
             f'stddev_range is {list(parameters.stddev_range)}; expected no negative number'
         )
+    for name in parameters.sources:
+        if parameters.sources.count(name) > 1:
+            raise ConfigError(
+                f'sources is {list(parameters.sources)}; expected names that differ: give the '
+                f'second {name!r} a name of its own, and set its topic'
+            )
+    for topic in parameters.peers:
+        _check_topic('peers', topic)
+    for name in ('restore', 'autosave_period'):
+        if getattr(parameters, name) and not parameters.state_directory:
+            raise ConfigError(
+                f'{name} is {_yaml_value(getattr(parameters, name))}, but state_directory is '
+                'empty; expected the folder of the saved maps: set state_directory'
+            )
     if not parameters.map_frame.strip('/'):
         raise ConfigError(
             f"map_frame is {parameters.map_frame!r}; expected the name of a frame, such as 'map'"
@@ -392,8 +727,16 @@ def _descriptor(spec: ParameterSpec):
     return descriptor
 
 
+def _yaml_comment(spec: ParameterSpec, indent: str) -> list[str]:
+    """Write what a parameter means as lines of a comment."""
+    start = f'{indent}# '
+    return textwrap.wrap(_described(spec), 99, initial_indent=start, subsequent_indent=start)
+
+
 def _described(spec: ParameterSpec) -> str:
     """Say text, unit and range in one line."""
+    if spec.choices:
+        return f'{spec.text} One of {spec.range_text}.'
     if spec.range_text:
         return f'{spec.text} Within {spec.range_text} {spec.unit}'.rstrip() + '.'
     return f'{spec.text} [{spec.unit}]' if spec.unit else spec.text

@@ -90,17 +90,20 @@ class TileStore:
         """
         return [self._get('tiles', _packed(key), f'tile {key}') for key in keys]
 
-    def write(self, rows: dict[Key, bytes], extra: dict | None = None):
+    def write(self, rows: dict[Key, bytes], extra: dict | None = None, remove: list[Key] = ()):
         """
-        Write tiles and `extra`, all or none.
+        Write tiles and `extra` and remove other tiles, all or none.
 
         :param extra: plain values that belong to these tiles, such as counts; None: no change.
         :raises CheckpointError: when the disk is full or fails; nothing is written then.
         """
         text = self._extra if extra is None else _to_json(extra)
         with self._transaction():
+            gone = ((_packed(key),) for key in remove)
+            self._db.executemany('DELETE FROM tiles WHERE key = ?', gone)
             self._put('tiles', ((_packed(key), content) for key, content in rows.items()))
             self._put('meta', [(b'extra', text)])
+        self._keys.difference_update(remove)
         self._keys.update(rows)
         self._extra = text
 

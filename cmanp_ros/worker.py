@@ -39,7 +39,8 @@ class Worker:
         with self._condition:
             self._stopping = True
             self._condition.notify()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         for _, future in self._questions:
             future.cancel()
 
@@ -56,6 +57,11 @@ class Worker:
                 dropped.append(self._batches.popleft())
             self._condition.notify()
         return dropped
+
+    @property
+    def num_waiting(self) -> int:
+        """Batches that wait."""
+        return len(self._batches)
 
     def clear(self) -> list:
         """Take back and return the batches that wait."""

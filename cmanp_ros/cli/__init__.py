@@ -9,6 +9,7 @@ from cmanp_ros.core.errors import CMANPError
 COMMANDS = {
     'demo': 'a simulated rover maps real terrain over ROS 2: a live view and a picture',
     'node': 'run the ROS 2 node (same as the executable cmanp_node)',
+    'doctor': 'say why a running node does not map: topics, types, QoS, transforms, clock',
     'train': 'train a model from synthetic fields',
     'evaluate': 'score the default model beside a Gaussian process on held-out tasks',
     'bench': 'time folding, encoding and predicting on this machine',

@@ -22,7 +22,7 @@ class LeastSquaresConfig:
     smoothnesses: tuple[float, ...] = (1.5, 2.5)
     """Matern smoothnesses; inf is the RBF kernel."""
     lengths: tuple[float, ...] = (0.25, 0.45, 0.8, 1.4, 2.6)
-    noise_ratios: tuple[float, ...] = (0.01, 0.04, 0.2, 1.0)
+    noise_ratios: tuple[float, ...] = (0.001, 0.01, 0.04, 0.2, 1.0)
     amplitude_shape: float = 3.0
     amplitude_scale: float = 0.6
     """

@@ -34,4 +34,11 @@ class StateMismatchError(CMANPError):
 class TransformError(CMANPError):
     """
     No transform to the map frame at the stamp of a message.
+
+    :ivar reason: counter key: 'no_frame', 'no_stamp', 'no_tf2', 'no_transform', 'bad_transform',
+        'transform_too_old', 'transform_too_new', 'tf_queue_full', 'cleared' or 'closed'.
     """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

@@ -2,12 +2,14 @@
 The tiles in memory: states side by side in tensors, and which tile lies in which row.
 
 At most `max_tiles` stay in memory. The least recently used go to a store and come back bit for
-bit; without a store they are dropped and counted.
+bit; without a store they are dropped and counted. With a `History` the last changes can be taken
+back.
 """
 
 import math
-from collections import OrderedDict
-from typing import Protocol, runtime_checkable
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,12 +40,94 @@ class Store(Protocol):
     def read(self, keys: list[Key]) -> list[bytes]:
         """Return tiles written before."""
 
-    def write(self, rows: dict[Key, bytes], extra: dict) -> None:
-        """Write tiles and `extra`, all or nothing."""
+    def write(self, rows: dict[Key, bytes], extra: dict, remove: list[Key] = ()) -> None:
+        """Write tiles and `extra` and remove other tiles, all or nothing."""
 
     @property
     def extra(self) -> dict:
         """Plain values written last; empty at first."""
+
+
+class Mark(NamedTuple):
+    """A moment that `Tiles.undo` can go back to."""
+
+    time: float
+    """[s] on the clock of the caller."""
+    totals: dict
+    """Of the tiles, then."""
+    before: dict[Key, bytes | None]
+    """What each tile was that changed between this mark and the next; None: there was none."""
+
+
+class History:
+    """
+    What tiles were at some moments: a tile is copied before its first change after each mark.
+
+    Bounded twice: marks that are older than the window go, all but one, and while more than
+    `max_tiles` copies are kept the oldest mark goes.
+    """
+
+    NUM_MARKS = 8  # in a window
+
+    def __init__(self, window_sec: float, max_tiles: int):
+        """
+        Start without marks.
+
+        :param window_sec: [s] how far back one can go.
+        :param max_tiles: copies kept.
+        """
+        if not 0 < window_sec < math.inf:
+            raise ConfigError(f'undo_window is {window_sec}, expected a positive time [s]')
+        self.window_sec, self.max_tiles = window_sec, max_tiles
+        self._marks: deque[Mark] = deque()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the copies [bytes]."""
+        return sum(len(content or b'') for mark in self._marks for content in mark.before.values())
+
+    def clear(self):
+        """Start again without marks."""
+        self._marks.clear()
+
+    def mark(self, now: float, totals: dict):
+        """Set a mark, if the last one is an eighth of the window old."""
+        if self._marks and now - self._marks[-1].time < self.window_sec / self.NUM_MARKS:
+            return
+        self._marks.append(Mark(now, dict(totals), {}))
+        while len(self._marks) > 1 and self._marks[1].time <= now - self.window_sec:
+            self._marks.popleft()
+
+    def unknown(self, keys: list[Key]) -> list[Key]:
+        """Return the tiles of which there is no copy since the last mark."""
+        if not self._marks:
+            return []
+        return [key for key in keys if key not in self._marks[-1].before]
+
+    def keep(self, contents: dict[Key, bytes | None]):
+        """Keep copies of `unknown` tiles."""
+        self._marks[-1].before.update(contents)
+        while self._marks and sum(len(mark.before) for mark in self._marks) > self.max_tiles:
+            self._marks.popleft()
+
+    def find(self, time: float) -> Mark | None:
+        """
+        Return the newest mark that is not after a time, or the oldest; None without marks.
+
+        Its `before` holds all that changed since, whatever marks came after it.
+        """
+        found = None
+        for mark in reversed(self._marks):  # the oldest copy of a tile is the one that counts
+            found = mark._replace(before={**(found.before if found else {}), **mark.before})
+            if mark.time <= time:
+                break
+        return found
+
+    def back_to(self, found: Mark):
+        """Go on from a mark that was found, as if nothing had changed since."""
+        while self._marks.pop().time > found.time:
+            pass
+        self._marks.append(found._replace(before={}))
 
 
 class Tiles:
@@ -51,22 +135,26 @@ class Tiles:
     States of tiles by key. Rows move when tiles are paged: look rows up again after `rows`.
     """
 
-    def __init__(self, model, max_tiles: int, store: Store | None = None):
+    def __init__(self, model, max_tiles: int, store: Store | None = None, undo_window_sec=None):
         """
         Start without tiles.
 
         :param max_tiles: in memory.
+        :param undo_window_sec: [s] how far `undo` reaches; None: nothing is kept for it.
         """
         if max_tiles < 1:
             raise ConfigError(f'max_tiles is {max_tiles}, expected at least 1')
         self._model, self.max_tiles, self.store = model, max_tiles, store
+        self.history = None if undo_window_sec is None else History(undo_window_sec, max_tiles)
         self.num_dropped = 0
         """Tiles lost for want of a store."""
         self.clear()
 
     @torch.inference_mode(False)  # tensors that can be changed in either mode
     def clear(self):
-        """Start again with what the store holds."""
+        """Start again with what the store holds; a new history begins."""
+        if self.history is not None:
+            self.history.clear()
         self._row_of: OrderedDict[Key, int] = OrderedDict()  # least recently used first
         self._free = list(range(min(16, self.max_tiles)))[::-1]
         self.totals = {'num_observations': 0, 'log_fading': 0.0}
@@ -100,8 +188,9 @@ class Tiles:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the states [bytes]."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+        """Memory of the states [bytes], and of the history."""
+        kept = 0 if self.history is None else self.history.nbytes
+        return kept + sum(tensor.nbytes for tensor in self._tensors.values())
 
     def keys(self) -> list[Key]:
         """Return every tile, in memory or in the store, in order."""
@@ -153,15 +242,87 @@ class Tiles:
         """Return a copy of the states in these rows."""
         return _state({name: part[rows] for name, part in self._tensors.items()})
 
+    def state_of(self, keys: list[Key]) -> State:
+        """Return a copy of the states of tiles; no points for one that is nowhere."""
+        rows = self.rows(keys)
+        state = self.state(rows)  # -1 is some row or other
+        for name, part in state.tensors().items():
+            part[rows < 0] = self._empty[name]
+        return state
+
     def put(self, rows: Tensor, state: State):
         """Replace the states in these rows."""
         self._put(rows, state.tensors())
         self._dirty[rows] = True
 
+    def change(self, keys: list[Key], state: State):
+        """Replace the states of tiles, or make them; `undo` takes it back."""
+        if self.history is not None and (first := self.history.unknown(keys)):
+            there = [key for key in first if key in self]
+            copies = dict(zip(there, self.to_bytes(there), strict=True))
+            self.history.keep({key: copies.get(key) for key in first})
+        self.put(self.rows(keys, create=True), state)
+
+    def replace(self, keys: list[Key], state: State | None, totals: dict):
+        """
+        Hold these tiles and no others; in a store all at once, whenever the process ends.
+
+        :param totals: `num_observations` and other plain values.
+        """
+        totals = {'log_fading': 0.0} | totals
+        contents = {}
+        if keys:
+            faded = torch.zeros(len(keys), dtype=torch.float64)
+            parts = state.tensors() | {'faded': faded}
+            contents = dict(zip(keys, _bytes([parts[name] for name in self._empty]), strict=True))
+        if self.store is not None:
+            gone = [key for key in self.store.keys() if key not in contents]  # noqa: SIM118
+            self.store.write(contents, totals, gone)
+        self.clear()
+        self.totals = totals
+        if self.store is None:
+            self._restore(contents)
+
+    def undo(self, seconds: float, now: float) -> float:
+        """
+        Take back what `change` did, to the bit; what was forgotten by passing time stays so.
+
+        :param seconds: [s] how far to go back: to the newest mark that is so old, or else to the
+            oldest that is kept.
+        :param now: [s] on the clock of the marks.
+        :return: [s] how far it went; 0 when no mark is kept.
+        :raises InputError: for a time that is not positive, or without a history.
+        """
+        if self.history is None or not 0 < seconds < math.inf:
+            raise InputError(
+                f'undo {seconds} s with undo_window {self.history and self.history.window_sec}: '
+                'expected a positive time [s], and an undo_window when the map is made'
+            )
+        mark = self.history.find(now - seconds)
+        if mark is None:
+            return 0.0
+        totals = mark.totals | {'log_fading': self.totals['log_fading']}
+        before = {key: content for key, content in mark.before.items() if content is not None}
+        if self.store is not None:
+            gone = [key for key in mark.before if key not in before and key in self.store]
+            dirty = [key for key in self._dirty_keys() if key not in mark.before]
+            others = dict(zip(dirty, self.to_bytes(dirty), strict=True))
+            self.store.write(before | others, totals, gone)
+            self._dirty[:] = False
+        for key in mark.before:
+            self._drop(key)
+        self.totals = totals
+        if self.store is None:
+            self._restore(before)
+        else:
+            self._num_tiles = len(self.store.keys())
+        self.history.back_to(mark)
+        return now - mark.time
+
     def flush(self):
         """Write every tile that changed since it was last written to the store."""
         if self.store is not None:
-            self._write([key for key, row in self._row_of.items() if self._dirty[row]])
+            self._write(self._dirty_keys())
             if self.store.extra != self.totals:  # forgetting alone changes no tile
                 self.store.write({}, self.totals)
 
@@ -183,6 +344,14 @@ class Tiles:
             tensors[name] = flat.view(-1, *empty.shape[1:]).to(empty.device)
             start = end
         return tensors
+
+    def _restore(self, contents):
+        """Bring tiles into memory that are nowhere, without a store."""
+        keys = list(contents)
+        for start in range(0, len(keys), self.max_tiles):
+            some = keys[start : start + self.max_tiles]
+            rows = self.rows(some, create=True)
+            self._put(rows, self._unpacked([contents[key] for key in some]))
 
     def _put(self, rows, tensors):
         for name, value in tensors.items():
@@ -227,8 +396,17 @@ class Tiles:
             self._write([key for key in keys if self._dirty[self._row_of[key]]])
         else:
             self.num_dropped += len(keys)
-            self._num_tiles -= len(keys)
-        self._free += [self._row_of.pop(key) for key in keys]
+        for key in keys:
+            self._drop(key)
+
+    def _drop(self, key):
+        """Have a tile no longer in memory; without a store it is nowhere then."""
+        if key in self._row_of:
+            self._free.append(self._row_of.pop(key))
+            self._num_tiles -= self.store is None
+
+    def _dirty_keys(self):
+        return [key for key, row in self._row_of.items() if self._dirty[row]]
 
     def _write(self, keys):
         if keys:
@@ -237,9 +415,7 @@ class Tiles:
 
     def _packed(self, keys):
         rows = [self._row_of[key] for key in keys]
-        parts = [self._tensors[name][rows].cpu().contiguous() for name in self._empty]
-        parts = [part.view(len(rows), -1).view(torch.uint8) for part in parts]
-        return [row.numpy().tobytes() for row in torch.cat(parts, 1)]
+        return list(_bytes([self._tensors[name][rows] for name in self._empty]))
 
     def _extended(self, tensors, count):
         more = {
@@ -250,6 +426,12 @@ class Tiles:
             name: torch.cat([tensors[name], part]) if tensors else part
             for name, part in more.items()
         }
+
+
+def _bytes(parts: list[Tensor]) -> Iterable[bytes]:
+    """Yield the content of each tile, from tensors (tiles, ...)."""
+    parts = [part.cpu().contiguous().view(len(part), -1).view(torch.uint8) for part in parts]
+    return (row.numpy().tobytes() for row in torch.cat(parts, 1))
 
 
 def _state(tensors):

@@ -15,17 +15,25 @@ from torch import Tensor
 
 from cmanp_ros.core import blending, least_squares
 from cmanp_ros.core.blending import Mixture
-from cmanp_ros.core.errors import StateMismatchError
+from cmanp_ros.core.errors import InputError, StateMismatchError
 from cmanp_ros.core.lattice import Cover, Lattice, OneTile
 from cmanp_ros.core.least_squares import Evidence, Regression
 from cmanp_ros.core.model import CMANP, Decoded, Prior
-from cmanp_ros.core.state import State, concatenate, merge, select
+from cmanp_ros.core.state import State, concatenate, merge
 from cmanp_ros.core.tiles import Key, Tiles, keys_of
 
 SHARING = 0.5  # weight of a neighbour's evidence, to the power of its distance in tiles
 SCALE_STEP = 0.25  # of the log of the amplitude's prior scale
 AT_ONCE = 1 << 15  # points or targets times tiles: bounds the memory of one step
 TARGETS_AT_ONCE = 4096
+
+
+class NotFiniteError(InputError):
+    """
+    Points that would make a tile's sums infinite or NaN; the map is as it was.
+    """
+
+    reason = 'not_finite_state'
 
 
 class Pairs(NamedTuple):
@@ -43,15 +51,23 @@ class World:
     All tiles of a map. Locations in metres, float64; values in model units.
     """
 
-    def __init__(self, model: CMANP, geometry: Lattice | OneTile, max_tiles=2048, store=None):
+    def __init__(
+        self,
+        model: CMANP,
+        geometry: Lattice | OneTile,
+        max_tiles=2048,
+        store=None,
+        undo_window_sec=None,
+    ):
         """
         Start empty, or with what the store holds.
 
         :param max_tiles: in memory.
         :param store: `core.tiles.Store`; None: what does not fit is dropped.
+        :param undo_window_sec: [s] how far `Tiles.undo` reaches; None: nothing is kept for it.
         """
         self.model, self.geometry = model, geometry
-        self.tiles = Tiles(model, max_tiles, store)
+        self.tiles = Tiles(model, max_tiles, store, undo_window_sec)
         config = model.config
         self._options = config.least_squares
         if self._options is not None:
@@ -61,6 +77,9 @@ class World:
     def clear(self):
         """Start again with what the store holds."""
         self.tiles.clear()
+        self._clear_caches()
+
+    def _clear_caches(self):
         self._evidence = _Cache()
         self._regression = _Cache()
         self._latents = _Cache()
@@ -80,17 +99,24 @@ class World:
 
     def fold(self, x: Tensor, y: Tensor):
         """
-        Fold points into every tile that covers them.
+        Fold points into every tile that covers them, or into none.
+
+        Holds the new states of these tiles beside the map until all are known to be finite.
 
         :param x: (n, dim_x) [m]; `y` (n, dim_y) in model units. Finite.
+        :raises NotFiniteError: when a sum would not be finite.
         """
         cover = self.geometry.cover(x)
         keys, tile = _unique(cover.key)
+        changes = []
         for tiles, pairs, mask in groups(tile, self.tiles.max_tiles):
-            rows = self.tiles.rows([keys[i] for i in tiles.tolist()], create=True)
+            some = [keys[i] for i in tiles.tolist()]
             points = cover.x[pairs], y[cover.index[pairs]]
-            state = self.model.update(self.tiles.state(rows), *points, mask)
-            self.tiles.put(rows, state)
+            state = self.model.update(self.tiles.state_of(some), *points, mask)
+            _check_finite(some, state)
+            changes.append((some, state))
+        for some, state in changes:
+            self.tiles.change(some, state)
         self.tiles.totals['num_observations'] += len(x)
 
     def merge(self, other: 'World'):
@@ -106,9 +132,37 @@ class World:
             )
         for some in self._batches(other.tiles.keys(), other.tiles.max_tiles):
             theirs = other.tiles.state(other.tiles.rows(some))
-            rows = self.tiles.rows(some, create=True)
-            self.tiles.put(rows, merge(self.tiles.state(rows), theirs))
+            self.tiles.change(some, merge(self.tiles.state_of(some), theirs))
         self.tiles.totals['num_observations'] += other.num_observations
+
+    def changed_since(self, earlier: 'World | None') -> list[Key] | None:
+        """
+        Return the tiles that are not what they were in another world of the same lattice.
+
+        :param earlier: None: one without tiles.
+        :return: keys of this world; None when tiles of the earlier one are gone.
+        """
+        keys = self.tiles.keys()
+        if earlier is None:
+            return keys
+        if not set(earlier.tiles.keys()) <= set(keys):
+            return None
+        changed = []
+        for some in self._batches(keys):
+            now, then = (world.tiles.state_of(some).tensors() for world in (self, earlier))
+            same = [(now[name] == then[name]).view(len(some), -1).all(1) for name in now]
+            is_same = torch.stack(same).all(0)
+            changed += [key for key, kept in zip(some, is_same.tolist(), strict=True) if not kept]
+        return changed
+
+    def renew(self, keys: list[Key], parts: list['World']):
+        """Make tiles anew from those of other worlds, which this one is the merger of."""
+        for some in self._batches(keys):
+            state = parts[0].tiles.state_of(some)
+            for part in parts[1:]:
+                state = merge(state, part.tiles.state_of(some))
+            self.tiles.change(some, state)
+        self.tiles.totals['num_observations'] = sum(part.num_observations for part in parts)
 
     def export(self) -> tuple[list[Key], State | None]:
         """Return every tile, those in the store too, in order; None without any."""
@@ -116,14 +170,14 @@ class World:
         parts = [self.tiles.state(self.tiles.rows(some)) for some in self._batches(keys)]
         return keys, concatenate(parts) if parts else None
 
-    def load(self, keys: list[Key], state: State, num_observations: int):
-        """Put what was exported into an empty world."""
-        self.tiles.totals['num_observations'] = num_observations
-        start = 0
-        for some in self._batches(keys):
-            rows = self.tiles.rows(some, create=True)
-            self.tiles.put(rows, select(state, slice(start, start + len(some))))
-            start += len(some)
+    def load(self, keys: list[Key], state: State | None, num_observations: int, **totals):
+        """
+        Hold what was exported and nothing else; in a store all at once.
+
+        :param totals: plain values to keep beside the tiles.
+        """
+        self.tiles.replace(keys, state, {'num_observations': num_observations} | totals)
+        self._clear_caches()
 
     def _batches(self, keys, limit=64):
         step = min(self.tiles.max_tiles, limit, 64)
@@ -446,6 +500,19 @@ class _Cache:
 
     def get(self, rows):
         return [part[rows] for part in self._parts]
+
+
+def _check_finite(keys, state):
+    """Refuse states with NaN or infinity, from one sum over each tensor: cheap beside a fold."""
+    for name, tensor in state.tensors().items():
+        total = float(tensor.sum())
+        no_points = name == 'attention.logsumexp' and total == -math.inf
+        if not (math.isfinite(total) or no_points):
+            raise NotFiniteError(
+                f'{name} of one of the tiles {keys[:3]} (of {len(keys)}) is not finite after the '
+                'fold: the map stays as it was; look at the values that were sent, and at the '
+                'weights of the model'
+            )
 
 
 def _unique(key):

@@ -86,22 +86,23 @@ def client(context):
 def start_node(domain_id, client):
     """Return a function that starts a node with parameters and returns it, active."""
     import rclpy
-    from rclpy.executors import SingleThreadedExecutor
+    from rclpy.executors import MultiThreadedExecutor
     from rclpy.parameter import Parameter
 
-    from cmanp_ros.node import CMANPNode
+    from cmanp_ros.node import NUM_THREADS, CMANPNode
 
     running = []
 
-    def start(activate=True, namespace=None, **values):
+    def start(activate=True, namespace=None, parameters=(), **values):
         context = rclpy.Context()
         rclpy.init(context=context, domain_id=domain_id)
+        values |= dict(parameters)  # names with dots
         overrides = [Parameter(name, value=value) for name, value in values.items()]
         node = CMANPNode(context=context, parameter_overrides=overrides, namespace=namespace)
         if activate:
             node.trigger_configure()
             node.trigger_activate()
-        executor = SingleThreadedExecutor(context=context)
+        executor = MultiThreadedExecutor(NUM_THREADS, context=context)  # as `main`
         executor.add_node(node)
         thread = threading.Thread(target=executor.spin, daemon=True)
         thread.start()

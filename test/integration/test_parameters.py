@@ -8,23 +8,30 @@ import pathlib
 import pytest
 import rclpy
 import yaml
+from rcl_interfaces.msg import SetParametersResult
 from rclpy.context import Context
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from cmanp_ros.core.errors import ConfigError
 from cmanp_ros.parameters import (
+    SOURCE_TABLE,
     TABLE,
     NodeParameters,
+    SourceParameters,
+    changed,
     declare,
     default_yaml,
     markdown_table,
     parameters_from,
+    rows,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SPECS = {spec.name: spec for spec in TABLE}
 BOUNDED = [spec for spec in TABLE if spec.lower is not None]
+DECLARED = {spec.name: spec for spec, _ in rows(NodeParameters())}
+DEFAULTS = {spec.name: value for spec, value in rows(NodeParameters())}
 
 
 def complaint(**values):
@@ -48,7 +55,7 @@ def test_parameters_cannot_be_changed_afterwards():
 
 
 def test_every_parameter_has_a_text_and_every_physical_one_a_unit():
-    for spec in TABLE:
+    for spec in (*TABLE, *SOURCE_TABLE):
         assert spec.text.endswith('.') and len(spec.text) > 10
         if spec.kind in ('double', 'double[]'):
             assert spec.unit
@@ -74,6 +81,7 @@ def test_range_includes_both_ends_and_nothing_beyond(spec):
     free = {
         'grid_resolution': {'max_targets': 10_000_000},
         'grid_window': {'grid_resolution': 1e6},
+        'autosave_period': {'state_directory': 'maps'},
     }.get(spec.name, {})
     corner = {'bounds_min': [0.0, 0.0], 'bounds_max': [1e-3, 1e-3]}  # so that tiny cells are few
     for end in (spec.lower, spec.upper):
@@ -105,6 +113,23 @@ def test_range_includes_both_ends_and_nothing_beyond(spec):
         ('value_field', True, 'value_field is True; expected text that is not empty (quote it in'),
         ('checkpoint', '', "parameter checkpoint is ''; expected text that is not empty"),
         ('checkpoint', 3, 'parameter checkpoint is 3; expected text that is not empty'),
+        (
+            'on_clock_jump',
+            'Reset',
+            "parameter on_clock_jump is 'Reset'; expected one of 'keep', 'reset', 'pause'",
+        ),
+        ('on_clock_jump', True, "on_clock_jump is True; expected one of 'keep', 'reset', 'pause'"),
+        ('sources', 'points', "sources is 'points'; expected a list of texts, none of them empty"),
+        ('sources', [''], "sources is ['']; expected a list of texts, none of them empty"),
+        ('peers', [2, 3], 'peers is [2, 3]; expected a list of texts, none of them empty'),
+        ('points.depth', 0, 'parameter points.depth is 0; expected an integer in [1, 10000]'),
+        ('points.voxel_size', -0.5, 'points.voxel_size is -0.5; expected a finite number in [0,'),
+        ('points.type', 3, 'parameter points.type is 3; expected text'),
+        (
+            'observations.reliability',
+            'best effort',
+            "observations.reliability is 'best effort'; expected one of 'best_effort', 'reliable'",
+        ),
     ],
 )
 def test_wrong_value_is_named_with_what_was_expected(name, value, text):
@@ -132,6 +157,32 @@ def test_wrong_value_is_named_with_what_was_expected(name, value, text):
         ({'mean_range': [1.0]}, 'mean_range is [1.0]; expected two numbers'),
         ({'stddev_range': [0.5, 0.25]}, 'stddev_range is [0.5, 0.25]; expected two numbers'),
         ({'stddev_range': [-0.5, 0.25]}, 'stddev_range is [-0.5, 0.25]; expected no negative'),
+        (
+            {'sources': ['points', 'observations', 'points']},
+            "['points', 'observations', 'points']; expected names that differ: give the second "
+            "'points' a name of its own",
+        ),
+        (
+            {'sources': ['li dar']},
+            "sources has 'li dar'; expected a name of letters, digits and _",
+        ),
+        ({'sources': ['lidar.front']}, "sources has 'lidar.front'; expected a name of letters"),
+        ({'sources': ['qos_overrides']}, "sources has 'qos_overrides'; expected a name"),
+        (
+            {'sources': ['lidar']},
+            "source 'lidar' has no type; expected the type of its messages: set lidar.type",
+        ),
+        (
+            {'points.topic': 'lidar points'},
+            "points.topic has 'lidar points'; expected the name of",
+        ),
+        ({'points.value_scale': 0}, 'points.value_scale is 0, which makes all values alike'),
+        ({'peers': ['robot2//state']}, "peers has 'robot2//state'; expected the name of a topic"),
+        (
+            {'restore': 'garden'},
+            "restore is 'garden', but state_directory is empty; expected the folder of the saved",
+        ),
+        ({'autosave_period': 60}, 'autosave_period is 60.0, but state_directory is empty'),
         ({'map_frame': '/'}, "map_frame is '/'; expected the name of a frame, such as 'map'"),
         (
             {'grid_resolution': 0.001},
@@ -162,6 +213,99 @@ def test_unknown_name_is_refused_with_the_nearest_known_one(name, nearest):
     assert nearest in text
 
 
+def test_unknown_name_below_a_source_is_refused_with_the_nearest_known_one():
+    text = complaint(**{'points.voxl_size': 0.5})
+    assert "unknown parameter 'points.voxl_size'; did you mean 'points.voxel_size'?" in text
+    assert 'observations.' not in text
+
+
+def test_parameter_of_a_source_that_is_not_listed_is_refused():
+    text = complaint(**{'sources': ['points'], 'observations.depth': 3})
+    assert "'observations.depth' is of a source that is not in sources = ['points']" in text
+    assert "add 'observations' to sources" in text
+
+
+def test_default_sources_are_points_and_observations():
+    points, observations = NodeParameters().source_parameters
+    assert (points.name, points.topic) == ('points', 'points')
+    assert points.type == 'sensor_msgs/msg/PointCloud2'
+    assert (observations.name, observations.topic) == ('observations', 'observations')
+    assert observations.type == 'cmanp_ros/msg/Observations'
+
+
+def test_any_number_of_sources_in_the_order_given():
+    parameters = parameters_from(
+        {
+            'sources': ['thermometer', 'points'],
+            'thermometer.type': 'sensor_msgs/msg/Temperature',
+            'thermometer.topic': '/base/temperature',
+            'thermometer.max_rate': 3,
+            'points.voxel_size': 0.5,
+        }
+    )
+    assert parameters.source_parameters == (
+        SourceParameters(
+            'thermometer', '/base/temperature', 'sensor_msgs/msg/Temperature', max_rate=3.0
+        ),
+        SourceParameters('points', voxel_size=0.5),
+    )
+    assert isinstance(parameters.source_parameters[0].max_rate, float)
+    assert parameters.source('points') == parameters.source_parameters[1]
+
+
+@pytest.mark.parametrize('empty', [[], (), None])  # None: as rcl reads []
+def test_there_may_be_no_source(empty):
+    parameters = parameters_from({'sources': empty})
+    assert (parameters.sources, parameters.source_parameters) == ((), ())
+
+
+@pytest.mark.parametrize('topic', ['points', '/a/b_2', '~/points', 'lidar/points', '_hidden'])
+def test_topics_may_be_relative_absolute_or_private(topic):
+    parameters = parameters_from({'points.topic': topic, 'peers': [topic]})
+    assert parameters.source_parameters[0].topic == topic
+    assert parameters.peers == (topic,)
+
+
+def test_changed_parameters_are_new_and_the_old_ones_left_alone():
+    before = parameters_from({'chunk_size': 7, 'points.max_rate': 3.0})
+    after = changed(before, {'grid_resolution': 2, 'points.enabled': False, 'use_sim_time': True})
+    assert before == parameters_from({'chunk_size': 7, 'points.max_rate': 3.0})
+    assert after == parameters_from(
+        {'chunk_size': 7, 'points.max_rate': 3.0, 'grid_resolution': 2.0, 'points.enabled': False}
+    )
+
+
+@pytest.mark.parametrize(
+    'values, text',
+    [
+        (
+            {'chunk_size': 7},
+            'chunk_size is 1024 and cannot be changed to 7 while the node runs; set it before',
+        ),
+        ({'sources': None}, "sources is ['points', 'observations'] and cannot be changed to None"),
+        ({'points.topic': 'lidar'}, "points.topic is 'points' and cannot be changed to 'lidar'"),
+        ({'points.enabld': True}, "did you mean 'points.enabled'?"),
+        ({'points.voxel_size': -3}, 'points.voxel_size is -3; expected a finite number'),
+        ({'tf_timeout': None}, 'tf_timeout is None; expected a finite number'),
+        ({'grid_window': 50.0, 'grid_resolution': 0.001}, 'use larger cells'),
+        ({'mean_range': [3.0, 2.0]}, 'mean_range is [3.0, 2.0]; expected two numbers'),
+    ],
+)
+def test_change_is_refused_as_a_whole(values, text):
+    with pytest.raises(ConfigError) as caught:
+        changed(NodeParameters(), {'half_life': 5.0, **values})
+    assert text in str(caught.value)
+
+
+def test_every_parameter_that_is_not_read_only_can_be_changed():
+    for name, spec in DECLARED.items():
+        if not spec.read_only:
+            assert changed(NodeParameters(), {name: DEFAULTS[name]}) == NodeParameters()
+    dynamic = {name for name, spec in DECLARED.items() if not spec.read_only}
+    assert {'tf_timeout', 'on_clock_jump', 'points.enabled', 'observations.max_rate'} < dynamic
+    assert not {'publish_rate', 'status_rate', 'state_rate', 'points.topic', 'peers'} & dynamic
+
+
 def test_shipped_yaml_is_made_from_the_table():
     assert (ROOT / 'config' / 'cmanp.yaml').read_text() == default_yaml()
 
@@ -169,26 +313,30 @@ def test_shipped_yaml_is_made_from_the_table():
 def test_yaml_holds_every_default_and_names_unit_and_range():
     text = default_yaml()
     document = yaml.safe_load(text)
-    assert parameters_from(document['/**']['ros__parameters']) == NodeParameters()
-    assert list(document['/**']['ros__parameters']) == list(SPECS)
+    values = {}
+    for name, value in document['/**']['ros__parameters'].items():
+        below = isinstance(value, dict)
+        values |= {f'{name}.{key}': value[key] for key in value} if below else {name: value}
+    assert parameters_from(values) == NodeParameters()
+    assert list(values) == list(DECLARED)
     prose = ' '.join(text.replace('#', ' ').split())
-    for spec in TABLE:
+    for spec in (*TABLE, *SOURCE_TABLE):
         assert spec.text in prose and spec.unit in prose and spec.range_text in prose
     assert max(len(line) for line in text.splitlines()) <= 99
 
 
-def test_readme_holds_the_table():
-    readme = (ROOT / 'README.md').read_text()
-    missing = [row for row in markdown_table().splitlines() if row not in readme]
-    assert not missing, (
-        f'paste markdown_table() of cmanp_ros/parameters.py into README.md: {missing}'
+@pytest.mark.parametrize('table', [TABLE, SOURCE_TABLE], ids=['node', 'source'])
+def test_readme_holds_the_table(table):
+    assert markdown_table(table) in (ROOT / 'README.md').read_text(), (
+        'paste markdown_table() of cmanp_ros/parameters.py into README.md'
     )
 
 
-def test_table_has_one_row_of_six_cells_per_parameter():
-    rows = markdown_table().splitlines()
-    assert len(rows) == 2 + len(TABLE)
-    assert {row.count('|') for row in rows} == {7}
+@pytest.mark.parametrize('table', [TABLE, SOURCE_TABLE], ids=['node', 'source'])
+def test_table_has_one_row_of_six_cells_per_parameter(table):
+    lines = markdown_table(table).splitlines()
+    assert len(lines) == 2 + len(table)
+    assert {line.count('|') for line in lines} == {7}
 
 
 class StubNode:
@@ -222,13 +370,13 @@ def test_parameters_of_ros_itself_are_left_to_ros():
         }
     )
     assert declare(node) == NodeParameters()
-    assert set(node.declared) == set(SPECS)
+    assert set(node.declared) == set(DECLARED)
 
 
 def test_description_carries_text_unit_range_and_whether_it_can_change():
     node = StubNode()
     declare(node)
-    for name, spec in SPECS.items():
+    for name, spec in DECLARED.items():
         descriptor = node.declared[name][1]
         assert spec.text in descriptor.description
         assert spec.unit in descriptor.description
@@ -260,18 +408,26 @@ def ros_node():
 
 def test_node_takes_values_from_file_and_command_line(ros_node, tmp_path):
     path = tmp_path / 'cmanp.yaml'
-    path.write_text(default_yaml().replace('chunk_size: 1024', 'chunk_size: 512'))
+    text = default_yaml().replace('chunk_size: 1024', 'chunk_size: 512')
+    path.write_text(text.replace('voxel_size: 0.0', 'voxel_size: 0.25', 1))
     node = ros_node(
         *['--params-file', str(path), '-p', 'publish_rate:=2', '-p', 'bounds_min:=[-10,-20]'],
-        *['-p', 'use_sim_time:=false'],
+        *['-p', 'use_sim_time:=false', '-p', 'observations.depth:=3'],
     )
     parameters = declare(node)
-    expected = NodeParameters(chunk_size=512, publish_rate=2.0, bounds_min=(-10.0, -20.0))
+    expected = NodeParameters(
+        chunk_size=512,
+        publish_rate=2.0,
+        bounds_min=(-10.0, -20.0),
+        source_parameters=(
+            SourceParameters('points', voxel_size=0.25),
+            SourceParameters('observations', depth=3),
+        ),
+    )
     assert parameters == expected
-    for name in SPECS:
-        value = node.get_parameter(name).value
-        value = tuple(value) if SPECS[name].kind == 'double[]' else value
-        assert value == getattr(expected, name)
+    for spec, value in rows(expected):
+        found = node.get_parameter(spec.name).value
+        assert (tuple(found) if isinstance(value, tuple) else found) == value
     assert node.get_parameter('publish_rate').type_ == Parameter.Type.DOUBLE
     assert node.get_parameter('bounds_min').type_ == Parameter.Type.DOUBLE_ARRAY
 
@@ -289,3 +445,29 @@ def test_read_only_parameter_cannot_be_set_later(ros_node):
     (result,) = node.set_parameters([Parameter('chunk_size', value=7)])
     assert not result.successful
     assert 'read-only' in result.reason
+
+
+def test_set_callback_takes_changes_that_fit_each_other_and_refuses_others(ros_node):
+    node = ros_node('-p', "sources:=['points']")
+    held = [declare(node)]
+
+    def on_set(parameters):
+        try:
+            values = {parameter.name: parameter.value for parameter in parameters}
+            held.append(changed(held[-1], values))
+        except ConfigError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        return SetParametersResult(successful=True)
+
+    node.add_on_set_parameters_callback(on_set)
+
+    def set_together(**values):
+        parameters = [Parameter(name, value=value) for name, value in values.items()]
+        return node.set_parameters_atomically(parameters)
+
+    assert set_together(**{'points.voxel_size': 2, 'points.enabled': False}).successful
+    assert held[-1].source_parameters == (SourceParameters('points', voxel_size=2, enabled=False),)
+    refused = set_together(**{'tf_timeout': 3.0, 'grid_resolution': 1e-3})
+    assert not refused.successful and 'use larger cells' in refused.reason
+    assert held[-1].tf_timeout == node.get_parameter('tf_timeout').value == 0.2
+    assert not set_together(on_clock_jump='stop').successful

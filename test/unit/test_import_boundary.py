@@ -38,7 +38,10 @@ def is_below(name, *packages):
     return any(name == package or name.startswith(f'{package}.') for package in packages)
 
 
-PARTS_WITHOUT_ROS = ('core', 'training', 'evaluation', 'checkpoint', 'store', 'field')
+PARTS_WITHOUT_ROS = (
+    *('core', 'training', 'evaluation', 'checkpoint', 'store', 'field'),
+    *('maps', 'fleet', 'admission', 'health', 'worker'),
+)
 WITHOUT_ROS = [
     name
     for name in modules()

@@ -1,0 +1,219 @@
+"""
+What the node answers: predictions on the topic and the service, and the grids.
+
+    query or request -> targets -> transforms -> worker -> NeuralField.predict -> conversions
+"""
+
+import time
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+
+import numpy as np
+from nav_msgs.msg import OccupancyGrid
+from rclpy.qos import QoSProfile
+from sensor_msgs.msg import PointCloud2
+from visualization_msgs.msg import MarkerArray
+
+from cmanp_ros import conversions, visualization
+from cmanp_ros.core.errors import CMANPError, InputError
+from cmanp_ros.diagnostics import Latency
+from cmanp_ros.msg import Prediction, Query
+from cmanp_ros.qos import LATCHED
+from cmanp_ros.srv import Predict
+from cmanp_ros.transforms import transform_points
+
+TIMEOUT_SEC = 30.0
+MAX_WAITING = 64  # queries on the topic; beyond it new ones are refused
+REQUESTS = QoSProfile(depth=200)  # clients at once: what overflows it would never be answered
+
+
+class Answers:
+    """Answers queries and requests, and publishes the grids."""
+
+    def __init__(self, node):
+        """
+        Open the outputs.
+
+        :param node: `CMANPNode`, configured.
+        """
+        self._node = node
+        self._published, self._publishing = None, None
+        self._num_waiting = 0
+        self._latency = Latency()
+        self._prediction = node.open_publisher(Prediction, '~/prediction', QoSProfile(depth=10))
+        self._grids = {}
+        if node.field.model.config.dim_x == 2:
+            self._grids = {
+                'field': node.open_publisher(PointCloud2, '~/field', LATCHED),
+                'mean': node.open_publisher(OccupancyGrid, '~/mean', LATCHED),
+                'stddev': node.open_publisher(OccupancyGrid, '~/stddev', LATCHED),
+                'markers': node.open_publisher(MarkerArray, '~/markers', LATCHED),
+            }
+
+    def open(self):
+        """Open the inputs."""
+        node = self._node
+        node.open_subscription(Query, 'query', self._on_query, QoSProfile(depth=10))
+        node.open_service(Predict, '~/predict', self._on_predict, node.answering, REQUESTS)
+        node.open_timer(node.parameters.publish_rate, self._publish_grids)
+
+    @property
+    def latency_sec(self) -> float | None:
+        """Return the median time [s] from a question to its answer; None before the first."""
+        return self._latency.median()
+
+    # Queries and requests ------------------------------------------------------------------------
+
+    def _on_query(self, message):
+        node = self._node
+        if self._num_waiting >= MAX_WAITING:
+            text = f'query {message.id} not answered: {MAX_WAITING} others wait already'
+            return node.warn('overloaded', text)
+        self._num_waiting += 1
+
+        def answer(x):
+            field = node.fleet.combined
+            mean, stddev = field.predict(x)
+            self._prediction.publish(self._message(field, x, mean, stddev, message.id))
+
+        def settled(future):
+            self._num_waiting -= 1
+            if not future.cancelled() and (error := future.exception()) is not None:
+                why = conversions.one_line(str(error))
+                node.warn('query', f'query {message.id} not answered: {why}')
+
+        self._ask(message, answer).add_done_callback(settled)
+
+    def _on_predict(self, request, response):
+        future = self._ask(request, lambda x: self._predict(request, x))
+        try:
+            response.prediction, covariance, samples = future.result(TIMEOUT_SEC)
+        except CMANPError as error:
+            return self._refuse(response, str(error))
+        except FutureTimeout:
+            future.cancel()
+            return self._refuse(response, f'no answer within {TIMEOUT_SEC:g} s: overloaded')
+        except Exception as error:  # a fault of ours or of torch must not end the node
+            return self._refuse(response, f'no answer: {error!r}')
+        response.success = True
+        if covariance is not None:
+            response.covariance = conversions.float_array(covariance)
+        if samples is not None:
+            response.samples = conversions.float_array(samples)
+        return response
+
+    def _refuse(self, response, message):
+        message = conversions.one_line(message)
+        self._node.warn('request', f'request refused: {message}')
+        response.success, response.message = False, message
+        return response
+
+    def _ask(self, message, answer) -> Future:
+        """
+        Find the targets of a query or request in the map frame, and let the worker answer.
+
+        :param answer: called on the worker's thread with the targets, (n, dim_x).
+        :return: of what `answer` returns, or of why there is none.
+        """
+        node, result, asked_at = self._node, Future(), time.monotonic()
+        result.add_done_callback(lambda _: self._latency.add(time.monotonic() - asked_at))
+        p, dim_x = node.parameters, node.field.model.config.dim_x
+
+        def ready(rotation, translation):
+            def work():
+                moved = transform_points(x, rotation, translation)[:, :dim_x] if moves else x
+                return answer(moved)
+
+            if result.set_running_or_notify_cancel():
+                node.worker.ask(work).add_done_callback(lambda done: _pass_on(done, result))
+
+        def failed(error):
+            if result.set_running_or_notify_cancel():
+                result.set_exception(error)
+
+        try:
+            x = conversions.targets_from_query(message, dim_x, p.max_targets)
+            frame = message.header.frame_id.strip('/')
+            moves = frame != p.map_frame.strip('/')
+            node.transforms.request('query', frame, message.header.stamp, ready, failed, True)
+        except CMANPError as error:
+            failed(error)
+        return result
+
+    def _predict(self, request, x):
+        """Return the answer to a request, covariance and samples, or None where not asked for."""
+        p, field, num_samples = (
+            self._node.parameters,
+            self._node.fleet.combined,
+            request.num_samples,
+        )
+        if request.joint and len(x) > p.max_joint_targets:
+            raise InputError(
+                f'joint over {len(x)} locations, expected at most max_joint_targets = '
+                f'{p.max_joint_targets}: ask for samples, or in parts'
+            )
+        if num_samples > p.max_samples or num_samples * len(x) > p.max_targets:
+            raise InputError(
+                f'{num_samples} samples at {len(x)} locations, expected at most max_samples '
+                f'= {p.max_samples}, and max_targets = {p.max_targets} numbers in all'
+            )
+        covariance = None
+        if request.joint:
+            mean, stddev, covariance = field.predict_joint(x)
+        else:
+            mean, stddev = field.predict(x)
+        samples = field.sample(x, num_samples) if num_samples else None
+        return self._message(field, x, mean, stddev), covariance, samples
+
+    def _message(self, field, x, mean, stddev, query_id=0):
+        return conversions.prediction_message(
+            mean, stddev, field.status(x), field.num_observations, self._node.header(), query_id
+        )
+
+    # Grids ---------------------------------------------------------------------------------------
+
+    def _publish_grids(self):
+        """Publish the grids where somebody listens, if they changed or somebody new listens."""
+        wanted = [name for name, grid in self._grids.items() if grid.get_subscription_count()]
+        version = (self._node.fleet.version, tuple(wanted), self._node.parameters)
+        is_busy = self._publishing is not None and not self._publishing.done()
+        if not wanted or is_busy or version == self._published:
+            return
+        self._published = version
+        self._publishing = self._node.worker.ask(lambda: self._publish(wanted))
+        self._publishing.add_done_callback(self._node.report_fault)
+
+    def _publish(self, names):
+        p = self._node.parameters
+        grid = visualization.grid_targets(*self._window(), p.grid_resolution)
+        mean, stddev = (value[:, 0] for value in self._node.fleet.combined.predict(grid.targets))
+        header = self._node.header()
+        make = {
+            'field': lambda: visualization.field_cloud(grid, mean, stddev, header),
+            'mean': lambda: visualization.occupancy_grid(grid, mean, *p.mean_range, header),
+            'stddev': lambda: visualization.occupancy_grid(grid, stddev, *p.stddev_range, header),
+            'markers': lambda: visualization.surface_markers(
+                grid, mean, stddev, p.stddev_range, header
+            ),
+        }
+        for name in names:
+            self._grids[name].publish(make[name]())
+
+    def _window(self):
+        """Return lower and upper corner [m] of the published grid."""
+        p = self._node.parameters
+        if not p.grid_window:
+            return p.bounds_min, p.bounds_max
+        # Cells stay where they are while the window moves.
+        center = self._node.intake.newest_x
+        lower = np.round((center - p.grid_window / 2) / p.grid_resolution) * p.grid_resolution
+        return lower, lower + p.grid_window
+
+
+def _pass_on(done: Future, result: Future):
+    if done.cancelled():
+        result.set_exception(InputError('the node was stopped'))
+    elif (error := done.exception()) is not None:
+        result.set_exception(error)
+    else:
+        result.set_result(done.result())

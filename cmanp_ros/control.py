@@ -1,0 +1,276 @@
+"""
+What is done with the map as a whole, on request or by itself.
+
+On request: pause, reset, save, load, merge, undo. By itself: autosave, forgetting, and the
+exchange of maps with peers. The map is only touched on the worker's thread, files are written
+beside it.
+"""
+
+import array
+import time
+from concurrent.futures import TimeoutError as FutureTimeout
+
+from rclpy.qos import QoSProfile
+from std_srvs.srv import SetBool, Trigger
+
+from cmanp_ros import maps
+from cmanp_ros.conversions import one_line
+from cmanp_ros.core.errors import CMANPError
+from cmanp_ros.core.tiles import History
+from cmanp_ros.maps import Code, MapError, StateDirectory
+from cmanp_ros.msg import State
+from cmanp_ros.qos import LATCHED
+from cmanp_ros.srv import LoadState, MergeState, SaveState, Undo
+
+TIMEOUT_SEC = 30.0
+FORGET_RATE = 1.0  # [Hz]
+AUTOSAVE = 'autosave'  # name of the map that is saved by itself
+REQUESTS = QoSProfile(depth=100)
+
+
+class Control:
+    """Serves requests about the map as a whole."""
+
+    def __init__(self, node):
+        """
+        Open the outputs.
+
+        :param node: `CMANPNode`, configured.
+        """
+        self._node = node
+        p = node.parameters
+        self.directory = StateDirectory(p.state_directory, p.map_frame)
+        self._state = node.open_publisher(State, '~/state', LATCHED)
+        self._saved_version = node.fleet.own.version
+        self._forgotten_at = None  # [ns] of the node's clock
+        self._sending, self._sent_version = None, None
+
+    def open(self):
+        """Open the inputs and start the timers."""
+        node, p = self._node, self._node.parameters
+        for service_type, name, callback in (
+            (Trigger, '~/reset', self._on_reset),
+            (SetBool, '~/pause', self._on_pause),
+            (SaveState, '~/save_state', self._on_save),
+            (LoadState, '~/load_state', self._on_load),
+            (MergeState, '~/merge_state', self._on_merge),
+            (Undo, '~/undo', self._on_undo),
+            (Trigger, '~/publish_state', self._on_publish_state),
+        ):
+            node.open_service(service_type, name, callback, node.controlling, REQUESTS)
+        for topic in p.peers:
+            node.open_subscription(State, topic, self._on_peer, LATCHED)
+        node.open_timer(p.state_rate, self._publish_state)
+        if p.half_life:
+            self._forgotten_at = node.get_clock().now().nanoseconds
+            node.open_timer(FORGET_RATE, self._forget)
+        if p.undo_window:  # marks are an eighth of it apart, or a little more
+            node.open_timer(2 * History.NUM_MARKS / p.undo_window, self._mark)
+        if p.autosave_period:
+            node.open_timer(1 / p.autosave_period, self.autosave, node.controlling)
+        if p.store:
+            node.open_timer(1 / p.store_period, self._flush)
+
+    def restore(self):
+        """
+        Begin with the map of the parameter `restore`, before the worker runs.
+
+        :raises MapError: for a map that is there and cannot be used.
+        """
+        node, name = self._node, self._node.parameters.restore
+        if not name:
+            return
+        if node.fleet.own.num_tiles:
+            node.get_logger().info(f"the store holds a map: '{name}' is not restored over it")
+            return
+        try:
+            self._replace(self.directory.load(name, node.fleet.own))
+        except MapError as error:
+            if error.code != Code.NOT_FOUND:
+                raise
+            return node.get_logger().warning(f'nothing to restore, the map begins empty: {error}')
+        node.get_logger().info(f"restored '{name}': {maps.summary(node.fleet.own)}")
+
+    # Requests ------------------------------------------------------------------------------------
+
+    def _on_pause(self, request, response):
+        self._node.intake.paused = request.data
+        response.success = True
+        response.message = 'paused: observations are rejected' if request.data else 'folding'
+        return response
+
+    def _on_reset(self, request, response):
+        def reset():
+            count = self._node.fleet.own.num_observations
+            self.begin_again()
+            return f'forgot {count} observations'
+
+        return self._answer(response, reset)
+
+    def begin_again(self):
+        """Forget the map, on the worker's thread."""
+        self._node.fleet.own.reset()
+        self._node.intake.begin_again()
+
+    def _on_save(self, request, response):
+        writers = []
+
+        def copy():
+            node = self._node
+            writer = self.directory.writer(
+                node.fleet.own, request.name, node.intake.provenance, request.overwrite
+            )
+            writers.append(writer)
+            return 'copied'
+
+        self._answer(response, copy)
+        if response.success:
+            self._attempt(response, lambda: self._written(writers[0], response))
+        return response
+
+    def _written(self, write, response):
+        response.num_bytes = write().stat().st_size
+        return f'saved {response.num_observations} observations in {response.num_tiles} tiles'
+
+    def _on_load(self, request, response):
+        def load():
+            self._replace(self.directory.load(request.name, self._node.fleet.own))
+            return f'loaded {maps.summary(self._node.fleet.own)}'
+
+        return self._answer(response, load)
+
+    def _on_merge(self, request, response):
+        def merge():
+            node, found = self._node, self.directory.load(request.name, self._node.fleet.own)
+            node.fleet.own.mark(time.monotonic())
+            node.fleet.own.merge(found.field)
+            node.intake.provenance = node.intake.provenance.observed(
+                found.provenance.oldest_stamp, found.provenance.newest_stamp
+            )
+            return f'merged {maps.summary(found.field)}'
+
+        return self._answer(response, merge)
+
+    def _on_undo(self, request, response):
+        def undo():
+            node = self._node
+            taken, seconds = node.fleet.own.undo(request.seconds, time.monotonic())
+            for source in node.intake.sources.values():
+                source.admission.clear()  # what was taken back may come again
+            response.num_taken_back, response.seconds = taken, seconds
+            return f'took back {taken} observations of the last {seconds:.1f} s'
+
+        return self._answer(response, undo)
+
+    def _on_publish_state(self, request, response):
+        return self._answer(response, self._send_state)
+
+    def _replace(self, saved):
+        self._node.fleet.own.replace_with(saved.field)
+        self._node.intake.begin_again()
+        self._node.intake.provenance = saved.provenance
+
+    def _answer(self, response, work):
+        """Do a piece of work on the worker's thread; its result is the message."""
+
+        def timed():
+            result, own = work(), self._node.fleet.own
+            if hasattr(response, 'num_tiles'):
+                response.num_observations = own.num_observations
+                response.num_tiles = own.num_tiles
+            return result
+
+        future = self._node.worker.ask(timed)
+        return self._attempt(response, lambda: future.result(TIMEOUT_SEC), future.cancel)
+
+    def _attempt(self, response, work, give_up=lambda: None):
+        try:
+            response.success, message = True, work()
+        except CMANPError as error:
+            response.success, message = False, str(error)
+            if hasattr(response, 'code'):
+                response.code = int(getattr(error, 'code', Code.OTHER_MAP))
+        except FutureTimeout:
+            give_up()
+            response.success, message = False, f'not done within {TIMEOUT_SEC:g} s: overloaded'
+        except Exception as error:  # a fault of ours or of torch must not end the node
+            response.success, message = False, f'not done: {error!r}'
+        if not response.success:
+            if hasattr(response, 'code') and not response.code:
+                response.code = int(Code.FAILED)
+            message = one_line(message)
+            self._node.warn('request', f'request refused: {message}')
+        response.message = message
+        return response
+
+    # By itself -----------------------------------------------------------------------------------
+
+    def autosave(self):
+        """Save the map if it changed since the last time."""
+        node = self._node
+        version = node.fleet.own.version
+        if version == self._saved_version:
+            return
+
+        def writer():
+            return self.directory.writer(node.fleet.own, AUTOSAVE, node.intake.provenance, True)
+
+        try:
+            node.worker.ask(writer).result(TIMEOUT_SEC)()
+            self._saved_version = version
+        except (CMANPError, FutureTimeout) as error:
+            node.warn('autosave', f'not saved by itself, the map is safe in memory: {error!r}')
+
+    def _mark(self):
+        """Let ~/undo go back to this moment."""
+        mark, now = self._node.fleet.own.mark, time.monotonic()
+        self._node.worker.ask(lambda: mark(now)).add_done_callback(self._node.report_fault)
+
+    def _flush(self):
+        """Write what changed to the store."""
+        own = self._node.fleet.own
+        self._node.worker.ask(own.flush).add_done_callback(self._node.report_fault)
+
+    def _forget(self):
+        """Let the time fade that has passed on the node's clock."""
+        now = self._node.get_clock().now().nanoseconds
+        seconds, self._forgotten_at = (now - self._forgotten_at) * 1e-9, now
+        if seconds > 0:  # a clock may jump back
+            future = self._node.worker.ask(lambda: self._node.fleet.forget(seconds))
+            future.add_done_callback(self._node.report_fault)
+
+    # Peers ---------------------------------------------------------------------------------------
+
+    def _publish_state(self):
+        is_busy = self._sending is not None and not self._sending.done()
+        version = self._node.fleet.own.version
+        if not is_busy and version != self._sent_version and self._state.get_subscription_count():
+            self._sent_version = version
+            self._sending = self._node.worker.ask(self._send_state)
+            self._sending.add_done_callback(self._node.report_fault)
+
+    def _send_state(self):
+        node = self._node
+        sent = node.fleet.state(node.intake.provenance, time.time_ns())
+        message = State(
+            header=node.header(),
+            robot=sent.robot,
+            sequence=sent.sequence,
+            num_observations=sent.num_observations,
+            weights_hash=sent.weights_hash,
+        )
+        message.data = array.array('B', sent.data)
+        self._state.publish(message)
+        return f'published {sent.num_observations} observations, {len(sent.data)} bytes'
+
+    def _on_peer(self, message):
+        node = self._node
+
+        def receive():
+            received = node.fleet.receive(message.robot, message.sequence, bytes(message.data))
+            if received.reason is None:
+                node.get_logger().debug(received.text)
+            elif received.reason not in ('own', 'old'):
+                node.warn(f'peer_{received.reason}', one_line(received.text))
+
+        node.worker.ask(receive).add_done_callback(node.report_fault)

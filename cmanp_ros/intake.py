@@ -1,0 +1,326 @@
+"""
+The way of observations into the map, and what became of each of them.
+
+    message -> reading -> transform -> worker's queue -> admission -> NeuralField.observe
+
+At all times, for points and for messages, of each source:
+received = folded + rejected (by reason) + dropped (from a full queue) + pending.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.qos_overriding_options import QoSOverridingOptions
+from std_msgs.msg import Header
+
+from cmanp_ros import conversions
+from cmanp_ros.admission import Admission, RateLimit
+from cmanp_ros.conversions import MessageError
+from cmanp_ros.core.errors import InputError
+from cmanp_ros.diagnostics import Counters, CounterSnapshot, Latency
+from cmanp_ros.maps import Provenance
+from cmanp_ros.sources import reader_for
+from cmanp_ros.transforms import transform_points
+
+RELIABILITY = {
+    'best_effort': ReliabilityPolicy.BEST_EFFORT,
+    'reliable': ReliabilityPolicy.RELIABLE,
+}
+MAX_CALIBRATED = 32  # points of a message that are predicted before they are folded
+
+
+class Source:
+    """One source of observations: its reader, its thinning, its counters."""
+
+    def __init__(self, parameters, node):
+        """
+        Prepare to read.
+
+        :param parameters: `SourceParameters`.
+        :param node: `CMANPNode`, with its parameters and its map.
+        :raises ConfigError: for a type that cannot be read.
+        """
+        self.name = parameters.name
+        config = node.field.model.config
+        self.reader = reader_for(parameters, node.parameters, config.dim_x, config.dim_y)
+        self.qos = QoSProfile(
+            depth=parameters.depth, reliability=RELIABILITY[parameters.reliability]
+        )
+        self.points, self.messages = Counters(), Counters()
+        self.rate_limit = RateLimit(parameters.max_rate)
+        self.admission = Admission(parameters.voxel_size, parameters.revisit_interval)
+        self.subscription = None
+        self.problems = {}
+        """reason -> what was said of the newest message or point rejected for it."""
+        self.received_at = None  # [s] of the monotonic clock
+        self.num_lost = 0
+        """Messages of the only publisher that never came here; not among those received."""
+        self._sequence = None
+
+    def note(self, info):
+        """
+        Count the messages that a gap of the publisher's sequence numbers shows to be lost.
+
+        Of several publishers on a topic the numbers cannot be told apart: nothing is counted.
+        """
+        number, last = info['publication_sequence_number'], self._sequence
+        is_only_one = self.subscription.get_publisher_count() == 1
+        self._sequence = number if is_only_one else None
+        if is_only_one and None not in (number, last) and number > last:
+            self.num_lost += number - last - 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Points of one message on their way to the worker."""
+
+    source: Source
+    header: Header
+    x: np.ndarray
+    """(n, dim) [m] in the frame of the header."""
+    y: np.ndarray
+    """(n, dim_y) [field units]."""
+    value_is_height: bool
+    """y is the third coordinate of x: it turns with the frame."""
+    num_resets: int
+    """Resets before it arrived."""
+    received_at: float
+    """[s] of the monotonic clock."""
+    transform: tuple[np.ndarray, np.ndarray] | None = None
+    """To the map frame; None: it is there already."""
+
+
+class Intake:
+    """All sources of a node. Messages come from the executor's thread, `fold` is the worker's."""
+
+    def __init__(self, node):
+        """
+        Prepare the sources.
+
+        :param node: `CMANPNode`, with its parameters and its map.
+        :raises ConfigError: for a source that cannot be read.
+        """
+        self._node = node
+        self.sources = {
+            each.name: Source(each, node) for each in node.parameters.source_parameters
+        }
+        self.provenance = self._nothing_yet()
+        self.newest_x = np.add(node.parameters.bounds_min, node.parameters.bounds_max) / 2
+        self.paused = False
+        self.folded_at = None  # [s] of the monotonic clock
+        self._latency = Latency()
+        self._num_resets = 0
+        self._calibrated_at = -np.inf  # [s] of the monotonic clock
+        self._random = np.random.default_rng(0)
+
+    def open(self):
+        """Subscribe."""
+        for each in self._node.parameters.source_parameters:
+            source = self.sources[each.name]
+            source.subscription = self._node.open_subscription(
+                source.reader.message_type,
+                each.topic,
+                self._receiver(source),
+                source.qos,
+                qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+            )
+
+    @property
+    def latency_sec(self) -> float | None:
+        """Return the median time [s] from a message to the map with it; None before the first."""
+        return self._latency.median()
+
+    @property
+    def newest_stamp(self) -> int:
+        """Return the stamp [ns] of the newest observation in the map; 0 before the first."""
+        return self.provenance.newest_stamp
+
+    def _nothing_yet(self):
+        p = self._node.parameters
+        return Provenance(p.map_frame, (p.bounds_min, p.bounds_max))
+
+    def totals(self):
+        """Return the counters of points and of messages, of all sources together."""
+        sources = self.sources.values()
+        points = sum((source.points.snapshot() for source in sources), CounterSnapshot())
+        messages = sum((source.messages.snapshot() for source in sources), CounterSnapshot())
+        return points, messages
+
+    def begin_again(self):
+        """
+        Forget what was thinned, waits or is being folded: the map is another one now.
+
+        To be called on the worker's thread.
+        """
+        self._num_resets += 1  # what is left of the message being folded is left out
+        for batch in self._node.worker.clear():
+            self._clear(batch, len(batch.x))
+        self._node.transforms.clear()
+        self.provenance = self._nothing_yet()
+        for source in self.sources.values():
+            source.admission.clear()
+
+    def _receiver(self, source):
+        def receive(message, info):
+            source.note(info)
+            self.receive(source, message)
+
+        return receive
+
+    # Before the worker ---------------------------------------------------------------------------
+
+    def receive(self, source: Source, message):
+        """Check a message, find its transform, and hand its points to the worker."""
+        source.messages.receive()
+        source.received_at = time.monotonic()
+        p = self._node.parameters.source(source.name)
+        if self.paused or not p.enabled:
+            return source.messages.reject('paused' if self.paused else 'disabled')
+        source.rate_limit.max_rate = p.max_rate
+        stamp = conversions.nanoseconds_from_stamp(message.header.stamp) * 1e-9
+        if not source.rate_limit.admit(stamp):
+            return source.messages.reject('rate_limited')
+        try:
+            reading = source.reader.read(message)
+        except MessageError as error:
+            source.messages.reject(error.reason)
+            return self._report(source, error.reason, f'message left out: {error}')
+        rejected = reading.rejected
+        source.points.receive(len(reading.x) + sum(rejected.values()))
+        self._reject_points(source, rejected)
+        batch = Batch(
+            source,
+            reading.header,
+            reading.x,
+            reading.y,
+            reading.value_is_height,
+            self._num_resets,
+            source.received_at,
+        )
+        self._node.transforms.request(
+            source.name,
+            reading.header.frame_id,
+            reading.header.stamp,
+            lambda *transform: self._offer(batch, transform),
+            lambda error: self._refuse(batch, error.reason, len(batch.x), error),
+        )
+
+    def _offer(self, batch, transform):
+        frame = batch.header.frame_id.strip('/')
+        if frame != self._node.parameters.map_frame.strip('/'):
+            batch = replace(batch, transform=transform)
+        for dropped in self._node.worker.offer(batch):
+            self._drop(dropped)
+            self._report(
+                dropped.source,
+                'dropped',
+                'observations arrive faster than they are folded: the oldest message was '
+                'dropped; see queue_size, or send fewer points',
+            )
+
+    # On the worker's thread ----------------------------------------------------------------------
+
+    def fold(self, batch: Batch):
+        """Fold one message, a chunk at a time: an iterator, see `Worker`."""
+        source, waiting = batch.source, len(batch.x)
+        try:
+            x, y = self._to_map(batch)
+            good = self._admitted(source, batch.header, x, y)
+            if not good.all():
+                waiting -= len(x) - int(good.sum())
+                x, y = x[good], y[good]
+            step = self._node.parameters.chunk_size
+            for start in range(0, len(x), step):
+                if batch.num_resets != self._num_resets:
+                    return self._clear(batch, waiting)
+                chunk = slice(start, start + step)
+                self._calibrate(x[chunk], y[chunk])
+                self._node.fleet.own.mark(time.monotonic())
+                observed = self._node.fleet.observe(x[chunk], y[chunk])
+                waiting -= len(x[chunk])
+                source.points.fold(observed.folded)
+                self._reject_points(source, observed.rejected)
+                if observed.folded:
+                    stamp = conversions.nanoseconds_from_stamp(batch.header.stamp)
+                    self.provenance = self.provenance.observed(stamp, stamp)
+                    self.newest_x = x[chunk][-1]
+                yield
+            source.messages.fold()
+            self.folded_at = time.monotonic()
+            self._latency.add(self.folded_at - batch.received_at)
+        except InputError as error:
+            self._refuse(batch, getattr(error, 'reason', 'not_usable'), waiting, error)
+        except Exception as error:  # a fault of ours or of torch must not end the node
+            self._refuse(batch, 'internal_error', waiting, repr(error))
+
+    def _to_map(self, batch):
+        """Return x (n, dim_x) and y in the map frame."""
+        if batch.transform is None:
+            return batch.x, batch.y
+        x = transform_points(batch.x, *batch.transform)
+        y = batch.source.reader.scaled(x[:, 2:]) if batch.value_is_height else batch.y
+        return x[:, : self._node.field.model.config.dim_x], y
+
+    def _admitted(self, source, header, x, y):
+        """Return which points take part, (n,) bool: those that are finite, after thinning."""
+        p = self._node.parameters.source(source.name)
+        finite = np.isfinite(x).all(1) & np.isfinite(y).all(1)
+        self._reject_points(source, {'not_finite': int((~finite).sum())})
+        source.admission.voxel_size = p.voxel_size
+        source.admission.revisit_interval = p.revisit_interval
+        stamp = conversions.nanoseconds_from_stamp(header.stamp) * 1e-9
+        admitted = source.admission.admit(x[finite], stamp)
+        self._reject_points(source, {'thinned': int((~admitted).sum())})
+        finite[finite] = admitted
+        return finite
+
+    def _calibrate(self, x, y):
+        """Every now and then compare new observations with what was predicted for them."""
+        node, now = self._node, time.monotonic()
+        period = node.parameters.calibration_period
+        if not period or now - self._calibrated_at < period or not node.field.num_observations:
+            return
+        self._calibrated_at = now
+        # Points that lie close together: few tiles have to be solved for them.
+        near = np.linalg.norm(x - x[self._random.integers(len(x))], axis=1).argsort()
+        near = near[:MAX_CALIBRATED]
+        node.calibration.add(*node.fleet.combined.predict(x[near]), y[near])
+
+    # What became of it ---------------------------------------------------------------------------
+
+    def _refuse(self, batch, reason, num_points, error):
+        batch.source.messages.reject(reason)
+        batch.source.points.reject(reason, num_points)
+        self._report(batch.source, reason, f'message left out: {error}')
+
+    def _drop(self, batch):
+        batch.source.messages.drop()
+        batch.source.points.drop(len(batch.x))
+
+    def _clear(self, batch, num_points):
+        """Count what was on its way to a map that is another one now: no overload."""
+        batch.source.messages.reject('cleared')
+        batch.source.points.reject('cleared', num_points)
+
+    def _reject_points(self, source, rejected):
+        for reason, count in rejected.items():
+            if count:
+                source.points.reject(reason, count)
+                if reason != 'thinned':  # on purpose
+                    text = f'{count} points left out: {_REASONS.get(reason, reason)}'
+                    self._report(source, reason, text)
+
+    def _report(self, source, reason, text):
+        text = conversions.one_line(text)
+        source.problems[reason] = text
+        self._node.warn(reason, f"'{source.name}': {text}")
+
+
+_REASONS = {
+    'not_finite': 'NaN or infinite location or value',
+    'out_of_range': 'no echo between min_range and max_range (REP 117)',
+    'outside_workspace': 'outside bounds_min and bounds_max',
+    'value_out_of_range': 'absurdly far from value_offset; set value_offset and value_scale',
+}

@@ -1,0 +1,334 @@
+"""The map as a whole, over DDS: save, load, merge, undo, peers, forgetting, clocks, parameters."""
+
+import time
+
+import numpy as np
+import pytest
+from builtin_interfaces.msg import Time
+from cmanp_ros.msg import State
+from cmanp_ros.srv import LoadState, MergeState, Predict, SaveState, Undo
+from conftest import wait_for
+from rcl_interfaces.msg import Parameter as ParameterMessage
+from rcl_interfaces.msg import ParameterValue
+from rcl_interfaces.srv import DescribeParameters, SetParametersAtomically
+from rclpy.parameter import Parameter
+from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
+from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import PointCloud2, Temperature
+from std_srvs.srv import Trigger
+from test_node import cloud, counts, height, request, scattered
+
+from cmanp_ros.maps import Code
+
+LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+
+
+def publish(client, node, *clouds, topic='points'):
+    """Publish clouds and wait until they are folded."""
+    points = client.publisher(PointCloud2, topic, qos_profile_sensor_data)
+    for each in clouds:
+        expected = node.field.num_observations + each.width
+        points.publish(each)
+        wait_for(lambda expected=expected: node.field.num_observations == expected)
+
+
+def content(field):
+    """Return the tiles of a map and their sums."""
+    keys, state = field.world.export()
+    return keys, {name: part.numpy().tobytes() for name, part in state.tensors().items()}
+
+
+def test_saved_map_loads_to_the_bit_and_the_load_begins_again(start_node, client, tmp_path):
+    node = start_node(state_directory=str(tmp_path))
+    publish(client, node, cloud(scattered(211)))
+    saved = client.call(SaveState, 'cmanp/save_state', SaveState.Request(name='first'))
+    assert (saved.success, saved.code, saved.num_observations) == (True, 0, 211), saved.message
+    assert saved.num_bytes == (tmp_path / 'first.safetensors').stat().st_size
+    before = content(node.field)
+
+    again = client.call(SaveState, 'cmanp/save_state', SaveState.Request(name='first'))
+    assert (again.success, again.code) == (False, Code.EXISTS)
+    publish(client, node, cloud(scattered(101, seed=3), sec=90))
+    assert content(node.field) != before
+    loaded = client.call(LoadState, 'cmanp/load_state', LoadState.Request(name='first'))
+    assert (loaded.success, loaded.num_observations) == (True, 211), loaded.message
+    assert content(node.field) == before
+    assert node.header().stamp.sec == 7, 'the stamp of the newest observation in the map'
+
+
+@pytest.mark.parametrize(
+    ('name', 'code'),
+    [
+        ('nothing', Code.NOT_FOUND),
+        ('../first', Code.BAD_NAME),
+        ('', Code.BAD_NAME),
+        ('damaged', Code.DAMAGED),
+        ('other_frame', Code.OTHER_MAP),
+    ],
+)
+def test_map_that_cannot_be_loaded_changes_nothing(start_node, client, tmp_path, name, code):
+    node = start_node(state_directory=str(tmp_path))
+    publish(client, node, cloud(scattered(31)))
+    if name == 'damaged':
+        (tmp_path / 'damaged.safetensors').write_bytes(b'no map')
+    if name == 'other_frame':
+        other = start_node(state_directory=str(tmp_path), map_frame='odom', namespace='/b')
+        other.control.directory.save(other.field, name, other.intake.provenance)
+    before = content(node.field)
+    for kind, service in ((LoadState, 'load_state'), (MergeState, 'merge_state')):
+        answer = client.call(kind, f'cmanp/{service}', kind.Request(name=name))
+        assert (answer.success, answer.code) == (False, code), answer.message
+        assert answer.message
+    assert content(node.field) == before
+
+
+def test_without_a_state_directory_saving_says_so(start_node, client):
+    start_node()
+    answer = client.call(SaveState, 'cmanp/save_state', SaveState.Request(name='a'))
+    assert (answer.success, answer.code) == (False, Code.NO_DIRECTORY)
+    assert 'state_directory' in answer.message
+
+
+def test_merged_map_is_that_of_all_observations(start_node, client, tmp_path):
+    one = start_node(namespace='/one', state_directory=str(tmp_path))
+    two = start_node(namespace='/two', state_directory=str(tmp_path))
+    both = start_node(namespace='/both')
+    first, second = cloud(scattered(151)), cloud(scattered(97, seed=5))
+    publish(client, one, first, topic='one/points')
+    publish(client, two, second, topic='two/points')
+    publish(client, both, first, second, topic='both/points')
+    assert client.call(SaveState, 'two/cmanp/save_state', SaveState.Request(name='two')).success
+    merged = client.call(MergeState, 'one/cmanp/merge_state', MergeState.Request(name='two'))
+    assert (merged.success, merged.num_observations) == (True, 248), merged.message
+    assert same_prediction(one.field, both.field)
+    twice = client.call(MergeState, 'one/cmanp/merge_state', MergeState.Request(name='two'))
+    assert not twice.success and 'count twice' in twice.message
+
+
+def same_prediction(one, other):
+    """Tell whether two maps predict the same, to rounding."""
+    x = scattered(57, seed=8)
+    pairs = zip(one.predict(x), other.predict(x), strict=True)
+    return all(np.allclose(a, b, rtol=1e-6, atol=1e-6) for a, b in pairs)
+
+
+def test_undo_takes_back_the_newest_and_what_it_took_may_come_again(start_node, client):
+    node = start_node(parameters={'undo_window': 16.0, 'points.voxel_size': 0.01})
+    publish(client, node, cloud(scattered(53)))
+    before, folded_at = content(node.field), time.monotonic()
+    wait_for(lambda: time.monotonic() > folded_at + 5)  # moments are marked every two seconds
+    publish(client, node, cloud(scattered(29, seed=2)))
+    seconds = time.monotonic() - folded_at - 4.5
+    answer = client.call(Undo, 'cmanp/undo', Undo.Request(seconds=seconds))
+    assert (answer.success, answer.num_taken_back) == (True, 29), answer.message
+    assert answer.num_observations == 53 and answer.seconds >= seconds
+    assert content(node.field) == before
+    publish(client, node, cloud(scattered(29, seed=2)))
+
+
+def test_moments_to_go_back_to_are_marked_while_nothing_comes(start_node, client):
+    node = start_node(undo_window=0.8)
+    publish(client, node, cloud(scattered(53)))
+    folded_at = time.monotonic()
+    wait_for(lambda: time.monotonic() > folded_at + 0.5)
+    answer = client.call(Undo, 'cmanp/undo', Undo.Request(seconds=0.2))
+    assert answer.success and answer.num_observations == 53, answer.message
+
+
+def test_undo_that_is_off_says_how_to_switch_it_on(start_node, client):
+    start_node()
+    answer = client.call(Undo, 'cmanp/undo', Undo.Request(seconds=3.0))
+    assert not answer.success and 'undo_window' in answer.message
+
+
+def test_map_saved_at_the_end_is_there_at_the_next_start(start_node, client, tmp_path):
+    node = start_node(state_directory=str(tmp_path), autosave_period=1000.0, restore='autosave')
+    assert node.field.num_observations == 0, 'nothing to restore is no fault'
+    publish(client, node, cloud(scattered(83)))
+    before = content(node.field)
+    node.trigger_deactivate()
+    node.trigger_cleanup()
+    again = start_node(state_directory=str(tmp_path), restore='autosave', namespace='/again')
+    assert content(again.field) == before
+    assert again.header().stamp.sec == 7
+
+
+def test_damaged_map_is_not_restored_over(start_node, client, tmp_path):
+    (tmp_path / 'autosave.safetensors').write_bytes(b'half a map')
+    node = start_node(
+        activate=False, state_directory=str(tmp_path), restore='autosave', autosave_period=0.1
+    )
+    assert node.trigger_configure().name == 'FAILURE'
+    assert (tmp_path / 'autosave.safetensors').read_bytes() == b'half a map'
+
+
+def test_two_robots_end_with_the_map_of_one_that_saw_everything(start_node, client):
+    one = start_node(namespace='/one', peers=['/two/cmanp/state'], state_rate=20.0)
+    two = start_node(namespace='/two', peers=['/one/cmanp/state'], state_rate=20.0)
+    both = start_node(namespace='/both')
+    clouds = [cloud(scattered(61, seed=seed)) for seed in range(4)]
+    for number, each in enumerate(clouds):  # newer states replace older ones
+        robot = (one, two)[number % 2]
+        publish(client, robot, each, topic=f'{robot.get_namespace()}/points')
+        publish(client, both, each, topic='both/points')
+    total = both.field.num_observations
+
+    def combined(node):
+        return node.worker.ask(lambda: node.fleet.combined).result()
+
+    for node in (one, two):
+        wait_for(lambda node=node: combined(node).num_observations == total)
+        assert node.field.num_observations == total / 2, 'what it publishes is its own'
+        assert same_prediction(combined(node), both.field)
+    name = 'one/cmanp/predict'
+    assert client.call(Predict, name, request(scattered(3))).prediction.num_observations == total
+
+
+def test_state_is_published_on_request_and_latched(start_node, client):
+    node = start_node()
+    publish(client, node, cloud(scattered(23)))
+    assert client.call(Trigger, 'cmanp/publish_state', Trigger.Request()).success
+    states = client.collect(State, 'cmanp/state', LATCHED)
+    message = wait_for(lambda: states)[0]
+    assert (message.num_observations, message.header.frame_id) == (23, 'map')
+    found, _ = node.field.read(bytes(message.data))
+    assert content(found) == content(node.field)
+
+
+def test_what_was_observed_fades_with_the_time_of_the_node(start_node, client):
+    node = start_node(use_sim_time=True, half_life=100.0, calibration_period=0.0)
+    clock = client.publisher(Clock, '/clock')
+    tick(clock, node, 1000)
+    publish(client, node, cloud(scattered(150), sec=1000))
+    _, fresh = node.field.predict(scattered(20, seed=1))
+    for seconds in (1400, 1800):
+        tick(clock, node, seconds)
+    wait_for(lambda: (node.field.predict(scattered(20, seed=1))[1] > fresh).all())
+
+
+def tick(clock, node, seconds):
+    """Publish a time and wait until the node has it."""
+    message = Clock(clock=Time(sec=seconds))
+
+    def is_there():
+        clock.publish(message)
+        return node.get_clock().now().nanoseconds == seconds * 10**9
+
+    wait_for(is_there)
+
+
+@pytest.mark.parametrize('policy', ['keep', 'reset', 'pause'])
+def test_clock_that_jumps_back_is_followed_as_the_parameter_says(start_node, client, policy):
+    node = start_node(use_sim_time=True, on_clock_jump=policy)
+    clock = client.publisher(Clock, '/clock')
+    tick(clock, node, 500)
+    publish(client, node, cloud(scattered(37), sec=500))
+    tick(clock, node, 20)
+    wait_for(lambda: node.num_clock_jumps == 1)
+    node.worker.ask(lambda: None).result()
+    assert node.field.num_observations == (0 if policy == 'reset' else 37)
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    points.publish(cloud(scattered(11, seed=2), sec=21))
+    expected = {'keep': 48, 'reset': 11, 'pause': 37}[policy]
+    wait_for(lambda: sum(counts(node)[1].rejected.values()) + node.intake.newest_stamp)
+    wait_for(lambda: node.field.num_observations == expected)
+    assert node.intake.paused == (policy == 'pause')
+    if policy != 'pause':
+        assert node.header().stamp.sec == 21, 'not the stamp from before the jump'
+
+
+def set_parameters(client, **values):
+    """Set parameters of the node from outside, all or none."""
+    parameters = [
+        Parameter(name.replace('__', '.'), value=value).to_parameter_msg()
+        for name, value in values.items()
+    ]
+    question = SetParametersAtomically.Request(parameters=parameters)
+    return client.call(SetParametersAtomically, 'cmanp/set_parameters_atomically', question).result
+
+
+def test_parameters_change_all_or_none_while_the_node_runs(start_node, client):
+    node = start_node()
+    assert set_parameters(client, grid_resolution=2, stddev_range=[0.0, 3.0]).successful
+    assert node.parameters.grid_resolution == 2.0
+    refused = set_parameters(client, grid_resolution=4.0, stddev_range=[5.0, 1.0])
+    assert not refused.successful and 'lower < upper' in refused.reason
+    assert node.parameters.grid_resolution == 2.0
+    refused = set_parameters(client, checkpoint='other')
+    assert not refused.successful
+    assert set_parameters(client, tf_timeout=1.5).successful
+    assert node.transforms.timeout_sec == 1.5
+
+
+def test_source_that_is_disabled_is_counted_and_comes_back(start_node, client):
+    node = start_node()
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    assert set_parameters(client, points__enabled=False).successful
+    points.publish(cloud(scattered(9)))
+    wait_for(lambda: counts(node)[1].rejected == {'disabled': 1})
+    assert set_parameters(client, points__enabled=True).successful
+    points.publish(cloud(scattered(9)))
+    wait_for(lambda: node.field.num_observations == 9)
+
+
+def test_parameters_are_described_with_range_and_text(start_node, client):
+    start_node()
+    names = ['publish_rate', 'points.voxel_size']
+    question = DescribeParameters.Request(names=names)
+    found = client.call(DescribeParameters, 'cmanp/describe_parameters', question).descriptors
+    assert all(each.description and each.floating_point_range for each in found)
+
+
+def test_any_sensor_with_a_header_is_a_source(start_node, client):
+    node = start_node(
+        parameters={
+            'sources': ['thermometer'],
+            'thermometer.type': 'sensor_msgs/msg/Temperature',
+            'thermometer.topic': 'weather/temperature',
+            'thermometer.value_scale': 1.8,
+            'thermometer.value_offset': 32.0,
+            'value_offset': 60.0,
+            'value_scale': 10.0,
+        }
+    )
+    sensor = client.publisher(Temperature, 'weather/temperature', qos_profile_sensor_data)
+    message = Temperature(temperature=20.0)
+    message.header.frame_id, message.header.stamp.sec = 'map', 3
+    for number in range(1, 6):
+        sensor.publish(message)
+        wait_for(lambda number=number: node.field.num_observations == number)
+    mean, _ = node.field.predict([[0.0, 0.0]])
+    assert abs(mean[0, 0] - 68.0) < 2.0
+
+
+def test_thinned_points_are_counted_and_all_add_up(start_node, client):
+    node = start_node(parameters={'points.voxel_size': 5.0})
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    for seed in range(3):
+        points.publish(cloud(scattered(400, seed)))
+        wait_for(lambda seed=seed: counts(node)[1].folded == seed + 1)
+    found, messages = counts(node)
+    assert 0 < found.folded <= 100 and found.rejected == {'thinned': 1200 - found.folded}
+    assert found.conserved and messages.conserved
+
+
+def test_calibration_is_part_of_the_status(start_node, client):
+    node = start_node(calibration_period=0.001)
+    for seed in range(12):
+        x, noise = scattered(200, seed), np.random.default_rng(seed).normal(0, 0.1, 200)
+        publish(client, node, cloud(x, height(x)[:, 0] + noise))
+    coverage = node.status.snapshot().coverage
+    assert coverage.num_points > 100
+    assert coverage.within_50 < coverage.within_90 <= 1
+    assert coverage.within_90 > 0.7
+
+
+def test_unset_type_of_a_parameter_is_refused(start_node, client):
+    node = start_node()
+    message = ParameterMessage(name='grid_resolution', value=ParameterValue(type=0))
+    question = SetParametersAtomically.Request(parameters=[message])
+    result = client.call(
+        SetParametersAtomically, 'cmanp/set_parameters_atomically', question
+    ).result
+    assert not result.successful
+    assert node.parameters.grid_resolution == 0.5
