@@ -286,7 +286,10 @@ class Intake:
         # Points that lie close together: few tiles have to be solved for them.
         near = np.linalg.norm(x - x[self._random.integers(len(x))], axis=1).argsort()
         near = near[:MAX_CALIBRATED]
-        node.calibration.add(*node.fleet.combined.predict(x[near]), y[near])
+        try:
+            node.calibration.add(*node.fleet.combined.predict(x[near]), y[near])
+        except Exception as error:  # of a peer's sums: they must not cost own observations
+            node.warn('calibration', f'not compared with the prediction: {error!r}')
 
     # What became of it ---------------------------------------------------------------------------
 
