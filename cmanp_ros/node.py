@@ -254,7 +254,6 @@ class CMANPNode(LifecycleNode):
 
     def _on_clock_jump(self, jump):
         """Follow `on_clock_jump`: time went back, as with a bag that begins again."""
-        self.num_clock_jumps += 1
         policy = self.parameters.on_clock_jump
         seconds = -jump.delta.nanoseconds * 1e-9
         consequence = {
@@ -269,6 +268,7 @@ class CMANPNode(LifecycleNode):
             self.intake.paused = True
         begin = self.control.begin_again if policy == 'reset' else self.intake.begin_again
         self.worker.ask(begin).add_done_callback(self.report_fault)
+        self.num_clock_jumps += 1
 
 
 def main(arguments=None) -> int:
