@@ -293,7 +293,7 @@ def test_changed_parameters_are_new_and_the_old_ones_left_alone():
 )
 def test_change_is_refused_as_a_whole(values, text):
     with pytest.raises(ConfigError) as caught:
-        changed(NodeParameters(), {'half_life': 5.0, **values})
+        changed(NodeParameters(), {'calibration_period': 5.0, **values})
     assert text in str(caught.value)
 
 
