@@ -18,13 +18,12 @@ from cmanp_ros import conversions, visualization
 from cmanp_ros.core.errors import CMANPError, InputError
 from cmanp_ros.diagnostics import Latency
 from cmanp_ros.msg import Prediction, Query
-from cmanp_ros.qos import LATCHED
+from cmanp_ros.qos import LATCHED, REQUESTS
 from cmanp_ros.srv import Predict
 from cmanp_ros.transforms import transform_points
+from cmanp_ros.worker import TIMEOUT_SEC
 
-TIMEOUT_SEC = 30.0
 MAX_WAITING = 64  # queries on the topic; beyond it new ones are refused
-REQUESTS = QoSProfile(depth=200)  # clients at once: what overflows it would never be answered
 
 
 class Answers:
@@ -79,8 +78,7 @@ class Answers:
         def settled(future):
             self._num_waiting -= 1
             if not future.cancelled() and (error := future.exception()) is not None:
-                why = conversions.one_line(str(error))
-                node.warn('query', f'query {message.id} not answered: {why}')
+                node.warn('query', f'query {message.id} not answered: {error}')
 
         self._ask(message, answer).add_done_callback(settled)
 
@@ -133,20 +131,17 @@ class Answers:
 
         try:
             x = conversions.targets_from_query(message, dim_x, p.max_targets)
-            frame = message.header.frame_id.strip('/')
-            moves = frame != p.map_frame.strip('/')
-            node.transforms.request('query', frame, message.header.stamp, ready, failed, True)
+            frame, stamp = message.header.frame_id, message.header.stamp
+            moves = not node.transforms.is_map_frame(frame)
+            node.transforms.request('query', frame, stamp, ready, failed, allow_latest=True)
         except CMANPError as error:
             failed(error)
         return result
 
     def _predict(self, request, x):
         """Return the answer to a request, covariance and samples, or None where not asked for."""
-        p, field, num_samples = (
-            self._node.parameters,
-            self._node.fleet.combined,
-            request.num_samples,
-        )
+        p, field = self._node.parameters, self._node.fleet.combined
+        num_samples = request.num_samples
         if request.joint and len(x) > p.max_joint_targets:
             raise InputError(
                 f'joint over {len(x)} locations, expected at most max_joint_targets = '
@@ -180,8 +175,7 @@ class Answers:
         if not wanted or is_busy or version == self._published:
             return
         self._published = version
-        self._publishing = self._node.worker.ask(lambda: self._publish(wanted))
-        self._publishing.add_done_callback(self._node.report_fault)
+        self._publishing = self._node.in_background(lambda: self._publish(wanted))
 
     def _publish(self, names):
         p = self._node.parameters

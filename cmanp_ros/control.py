@@ -10,7 +10,6 @@ import array
 import time
 from concurrent.futures import TimeoutError as FutureTimeout
 
-from rclpy.qos import QoSProfile
 from std_srvs.srv import SetBool, Trigger
 
 from cmanp_ros import maps
@@ -19,13 +18,12 @@ from cmanp_ros.core.errors import CMANPError
 from cmanp_ros.core.tiles import History
 from cmanp_ros.maps import Code, MapError, StateDirectory
 from cmanp_ros.msg import State
-from cmanp_ros.qos import LATCHED
+from cmanp_ros.qos import LATCHED, REQUESTS
 from cmanp_ros.srv import LoadState, MergeState, SaveState, Undo
+from cmanp_ros.worker import TIMEOUT_SEC
 
-TIMEOUT_SEC = 30.0
 FORGET_RATE = 1.0  # [Hz]
 AUTOSAVE = 'autosave'  # name of the map that is saved by itself
-REQUESTS = QoSProfile(depth=100)
 
 
 class Control:
@@ -113,24 +111,17 @@ class Control:
         self._node.intake.begin_again()
 
     def _on_save(self, request, response):
-        writers = []
-
         def copy():
             node = self._node
-            writer = self.directory.writer(
+            return self.directory.writer(
                 node.fleet.own, request.name, node.intake.provenance, request.overwrite
             )
-            writers.append(writer)
-            return 'copied'
 
-        self._answer(response, copy)
-        if response.success:
-            self._attempt(response, lambda: self._written(writers[0], response))
-        return response
+        def write(writer):
+            response.num_bytes = writer().stat().st_size
+            return f'saved {response.num_observations} observations in {response.num_tiles} tiles'
 
-    def _written(self, write, response):
-        response.num_bytes = write().stat().st_size
-        return f'saved {response.num_observations} observations in {response.num_tiles} tiles'
+        return self._answer(response, copy, write)
 
     def _on_load(self, request, response):
         def load():
@@ -170,28 +161,30 @@ class Control:
         self._node.intake.begin_again()
         self._node.intake.provenance = saved.provenance
 
-    def _answer(self, response, work):
-        """Do a piece of work on the worker's thread; its result is the message."""
+    def _answer(self, response, work, finish=lambda result: result):
+        """
+        Do a piece of work on the worker's thread, and finish it here; say what became of it.
 
-        def timed():
+        :param finish: called with the result of `work`; returns the message.
+        """
+
+        def counted():
             result, own = work(), self._node.fleet.own
             if hasattr(response, 'num_tiles'):
                 response.num_observations = own.num_observations
                 response.num_tiles = own.num_tiles
             return result
 
-        future = self._node.worker.ask(timed)
-        return self._attempt(response, lambda: future.result(TIMEOUT_SEC), future.cancel)
-
-    def _attempt(self, response, work, give_up=lambda: None):
+        future = self._node.worker.ask(counted)
         try:
-            response.success, message = True, work()
+            message = finish(future.result(TIMEOUT_SEC))
+            response.success = True
         except CMANPError as error:
             response.success, message = False, str(error)
             if hasattr(response, 'code'):
                 response.code = int(getattr(error, 'code', Code.OTHER_MAP))
         except FutureTimeout:
-            give_up()
+            future.cancel()
             response.success, message = False, f'not done within {TIMEOUT_SEC:g} s: overloaded'
         except Exception as error:  # a fault of ours or of torch must not end the node
             response.success, message = False, f'not done: {error!r}'
@@ -224,20 +217,18 @@ class Control:
     def _mark(self):
         """Let ~/undo go back to this moment."""
         mark, now = self._node.fleet.own.mark, time.monotonic()
-        self._node.worker.ask(lambda: mark(now)).add_done_callback(self._node.report_fault)
+        self._node.in_background(lambda: mark(now))
 
     def _flush(self):
         """Write what changed to the store."""
-        own = self._node.fleet.own
-        self._node.worker.ask(own.flush).add_done_callback(self._node.report_fault)
+        self._node.in_background(self._node.fleet.own.flush)
 
     def _forget(self):
         """Let the time fade that has passed on the node's clock."""
         now = self._node.get_clock().now().nanoseconds
         seconds, self._forgotten_at = (now - self._forgotten_at) * 1e-9, now
         if seconds > 0:  # a clock may jump back
-            future = self._node.worker.ask(lambda: self._node.fleet.forget(seconds))
-            future.add_done_callback(self._node.report_fault)
+            self._node.in_background(lambda: self._node.fleet.forget(seconds))
 
     # Peers ---------------------------------------------------------------------------------------
 
@@ -246,8 +237,7 @@ class Control:
         version = self._node.fleet.own.version
         if not is_busy and version != self._sent_version and self._state.get_subscription_count():
             self._sent_version = version
-            self._sending = self._node.worker.ask(self._send_state)
-            self._sending.add_done_callback(self._node.report_fault)
+            self._sending = self._node.in_background(self._send_state)
 
     def _send_state(self):
         node = self._node
@@ -271,6 +261,6 @@ class Control:
             if received.reason is None:
                 node.get_logger().debug(received.text)
             elif received.reason not in ('own', 'old'):
-                node.warn(f'peer_{received.reason}', one_line(received.text))
+                node.warn(f'peer_{received.reason}', received.text)
 
-        node.worker.ask(receive).add_done_callback(node.report_fault)
+        node.in_background(receive)

@@ -93,8 +93,8 @@ class Fleet:
         if not self._is_current():
             most = self.own.world.tiles.max_tiles * (1 + MAX_PEERS)  # memory grows as needed
             self._combined = self.own.empty_like(most)
-            for field in self._fields():
-                self._combined.merge(field)
+            keys = {key for field in self._fields() for key in field.world.tiles.keys()}
+            self._renew(sorted(keys))
             self._combined_version = self.own.version
         return self._combined
 
@@ -149,8 +149,7 @@ class Fleet:
         if changed is None or not self._is_current():
             self._combined = None
         else:  # what did not change need not be solved again
-            with torch.inference_mode():
-                self._combined.world.renew(changed, [each.world for each in self._fields()])
+            self._renew(changed)
         self._num_taken += 1
         return Received(None, f'map {sequence} of robot {robot!r}: {maps.summary(field)}')
 
@@ -181,6 +180,11 @@ class Fleet:
                 'allow more',
             )
         return None
+
+    def _renew(self, keys):
+        """Make tiles of the combined map anew."""
+        with torch.inference_mode():
+            self._combined.world.renew(keys, [field.world for field in self._fields()])
 
     def _fields(self):
         return [self.own, *(self._peers[robot].field for robot in sorted(self._peers))]

@@ -11,11 +11,10 @@ import time
 from dataclasses import dataclass, replace
 
 import numpy as np
-from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from std_msgs.msg import Header
 
-from cmanp_ros import conversions
+from cmanp_ros import conversions, qos
 from cmanp_ros.admission import Admission, RateLimit
 from cmanp_ros.conversions import MessageError
 from cmanp_ros.core.errors import InputError
@@ -24,10 +23,6 @@ from cmanp_ros.maps import Provenance
 from cmanp_ros.sources import reader_for
 from cmanp_ros.transforms import transform_points
 
-RELIABILITY = {
-    'best_effort': ReliabilityPolicy.BEST_EFFORT,
-    'reliable': ReliabilityPolicy.RELIABLE,
-}
 MAX_CALIBRATED = 32  # points of a message that are predicted before they are folded
 
 
@@ -45,9 +40,7 @@ class Source:
         self.name = parameters.name
         config = node.field.model.config
         self.reader = reader_for(parameters, node.parameters, config.dim_x, config.dim_y)
-        self.qos = QoSProfile(
-            depth=parameters.depth, reliability=RELIABILITY[parameters.reliability]
-        )
+        self.qos = qos.of_source(parameters)
         self.points, self.messages = Counters(), Counters()
         self.rate_limit = RateLimit(parameters.max_rate)
         self.admission = Admission(parameters.voxel_size, parameters.revisit_interval)
@@ -90,6 +83,11 @@ class Batch:
     """[s] of the monotonic clock."""
     transform: tuple[np.ndarray, np.ndarray] | None = None
     """To the map frame; None: it is there already."""
+
+    @property
+    def stamp(self) -> int:
+        """Stamp of the message [ns]."""
+        return conversions.nanoseconds_from_stamp(self.header.stamp)
 
 
 class Intake:
@@ -208,8 +206,7 @@ class Intake:
         )
 
     def _offer(self, batch, transform):
-        frame = batch.header.frame_id.strip('/')
-        if frame != self._node.parameters.map_frame.strip('/'):
+        if not self._node.transforms.is_map_frame(batch.header.frame_id):
             batch = replace(batch, transform=transform)
         for dropped in self._node.worker.offer(batch):
             self._drop(dropped)
@@ -227,10 +224,9 @@ class Intake:
         source, waiting = batch.source, len(batch.x)
         try:
             x, y = self._to_map(batch)
-            good = self._admitted(source, batch.header, x, y)
-            if not good.all():
-                waiting -= len(x) - int(good.sum())
-                x, y = x[good], y[good]
+            good = self._admitted(source, batch.stamp, x, y)
+            x, y = x[good], y[good]
+            waiting = len(x)
             step = self._node.parameters.chunk_size
             for start in range(0, len(x), step):
                 if batch.num_resets != self._num_resets:
@@ -243,8 +239,7 @@ class Intake:
                 source.points.fold(observed.folded)
                 self._reject_points(source, observed.rejected)
                 if observed.folded:
-                    stamp = conversions.nanoseconds_from_stamp(batch.header.stamp)
-                    self.provenance = self.provenance.observed(stamp, stamp)
+                    self.provenance = self.provenance.observed(batch.stamp, batch.stamp)
                     self.newest_x = x[chunk][-1]
                 yield
             source.messages.fold()
@@ -263,15 +258,14 @@ class Intake:
         y = batch.source.reader.scaled(x[:, 2:]) if batch.value_is_height else batch.y
         return x[:, : self._node.field.model.config.dim_x], y
 
-    def _admitted(self, source, header, x, y):
+    def _admitted(self, source, stamp, x, y):
         """Return which points take part, (n,) bool: those that are finite, after thinning."""
         p = self._node.parameters.source(source.name)
         finite = np.isfinite(x).all(1) & np.isfinite(y).all(1)
         self._reject_points(source, {'not_finite': int((~finite).sum())})
         source.admission.voxel_size = p.voxel_size
         source.admission.revisit_interval = p.revisit_interval
-        stamp = conversions.nanoseconds_from_stamp(header.stamp) * 1e-9
-        admitted = source.admission.admit(x[finite], stamp)
+        admitted = source.admission.admit(x[finite], stamp * 1e-9)
         self._reject_points(source, {'thinned': int((~admitted).sum())})
         finite[finite] = admitted
         return finite

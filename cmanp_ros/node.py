@@ -189,10 +189,11 @@ class CMANPNode(LifecycleNode):
         self._inputs.append((self.destroy_subscription, made))
         return made
 
-    def open_service(self, service_type, name, callback, group, qos=None):
+    def open_service(self, service_type, name, callback, group, qos):
         """Serve until deactivated."""
-        options = {} if qos is None else {'qos_profile': qos}
-        made = self.create_service(service_type, name, callback, callback_group=group, **options)
+        made = self.create_service(
+            service_type, name, callback, qos_profile=qos, callback_group=group
+        )
         self._inputs.append((self.destroy_service, made))
         return made
 
@@ -232,12 +233,18 @@ class CMANPNode(LifecycleNode):
         now = time.monotonic()
         if now - self._last_warning.get(reason, -np.inf) >= WARNING_PERIOD_SEC:
             self._last_warning[reason] = now
-            self.get_logger().warning(f'[{reason}] {text}')
+            self.get_logger().warning(f'[{reason}] {conversions.one_line(text)}')
 
-    def report_fault(self, future):
-        """Log what went wrong on the worker's thread."""
-        if not future.cancelled() and (error := future.exception()) is not None:
-            self.warn('internal_error', f'a fault, the node goes on: {error!r}')
+    def in_background(self, work):
+        """Do a piece of work on the worker's thread; a fault is logged. Return its future."""
+
+        def report(future):
+            if not future.cancelled() and (error := future.exception()) is not None:
+                self.warn('internal_error', f'a fault, the node goes on: {error!r}')
+
+        future = self.worker.ask(work)
+        future.add_done_callback(report)
+        return future
 
     # Changes while it runs -----------------------------------------------------------------------
 
@@ -267,7 +274,7 @@ class CMANPNode(LifecycleNode):
         if policy == 'pause':
             self.intake.paused = True
         begin = self.control.begin_again if policy == 'reset' else self.intake.begin_again
-        self.worker.ask(begin).add_done_callback(self.report_fault)
+        self.in_background(begin)
         self.num_clock_jumps += 1
 
 

@@ -57,7 +57,7 @@ class Status:
     def snapshot(self) -> health.Snapshot:
         """Return the facts of this moment."""
         node, intake = self._node, self._node.intake
-        points, messages = intake.totals()
+        points, _ = intake.totals()
         recent = {
             name: self._recent_messages[name](source.messages.snapshot())
             for name, source in intake.sources.items()

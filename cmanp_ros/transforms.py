@@ -113,6 +113,10 @@ class TransformListener:
         self._tf2 = None
         self._closed = False
 
+    def is_map_frame(self, frame: str) -> bool:
+        """Tell whether points of a frame are in the map frame already."""
+        return frame.strip('/') == self._map_frame
+
     def request(
         self,
         key: str,
@@ -139,7 +143,7 @@ class TransformListener:
         :param allow_latest: take a stamp of 0 for "the latest known"; refused otherwise.
         """
         source = frame.strip('/')
-        if source and source == self._map_frame:
+        if self.is_map_frame(frame):
             return ready(np.eye(3), np.zeros(3))
         try:
             self._check_header(source, stamp, allow_latest)

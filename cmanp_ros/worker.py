@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
+TIMEOUT_SEC = 30.0  # that whoever asks should wait for an answer at most
+
 
 class Worker:
     """

@@ -263,13 +263,12 @@ class Visit:
 
     def _find(self, configured) -> Findings:
         """Look at the topic of a source with the QoS that the node has, or would have."""
-        from rclpy.qos import QoSProfile, ReliabilityPolicy
-
         from cmanp_ros import graph
+        from cmanp_ros.qos import of_source
 
         subscribed = graph.subscriptions(self.node, self.target)
         topic = self._actual_topic(configured, subscribed)
-        qos = QoSProfile(depth=10, reliability=ReliabilityPolicy[configured.reliability.upper()])
+        qos = of_source(configured)
         if topic in subscribed:
             actual = subscribed[topic][1]
             qos.reliability, qos.durability = actual.reliability, actual.durability
@@ -508,12 +507,6 @@ def _cmanp_nodes(node) -> list[str]:
         if 'cmanp_ros/msg/Prediction' in types and node.count_publishers(topic)
     }
     return sorted(named | owned)
-
-
-def _message_class(name: str):
-    """Import a message type by name, as in 'sensor_msgs/msg/PointCloud2'."""
-    package, kind, message = name.split('/')
-    return getattr(import_module(f'{package}.{kind}'), message)
 
 
 def _tf_buffer(node):
