@@ -41,7 +41,7 @@ class Control:
         self._state = node.open_publisher(State, '~/state', LATCHED)
         self._saved_version = node.fleet.own.version
         self._forgotten_at = None  # [ns] of the node's clock
-        self._sending, self._sent_version = None, None
+        self._sending = self._flushing = self._sent_version = None
 
     def open(self):
         """Open the inputs and start the timers."""
@@ -87,6 +87,8 @@ class Control:
             if error.code != Code.NOT_FOUND:
                 raise
             return node.get_logger().warning(f'nothing to restore, the map begins empty: {error}')
+        if name == AUTOSAVE:
+            self._saved_version = node.fleet.own.version
         node.get_logger().info(f"restored '{name}': {maps.summary(node.fleet.own)}")
 
     # Requests ------------------------------------------------------------------------------------
@@ -107,8 +109,9 @@ class Control:
 
     def begin_again(self):
         """Forget the map, on the worker's thread."""
+        intake = self._node.intake
         self._node.fleet.own.reset()
-        self._node.intake.begin_again()
+        intake.begin_again(intake.nothing_yet())
 
     def _on_save(self, request, response):
         def copy():
@@ -135,9 +138,7 @@ class Control:
             node, found = self._node, self.directory.load(request.name, self._node.fleet.own)
             node.fleet.own.mark(time.monotonic())
             node.fleet.own.merge(found.field)
-            node.intake.provenance = node.intake.provenance.observed(
-                found.provenance.oldest_stamp, found.provenance.newest_stamp
-            )
+            node.intake.observed(found.provenance.oldest_stamp, found.provenance.newest_stamp)
             return f'merged {maps.summary(found.field)}'
 
         return self._answer(response, merge)
@@ -158,8 +159,7 @@ class Control:
 
     def _replace(self, saved):
         self._node.fleet.own.replace_with(saved.field)
-        self._node.intake.begin_again()
-        self._node.intake.provenance = saved.provenance
+        self._node.intake.begin_again(saved.provenance)
 
     def _answer(self, response, work, finish=lambda result: result):
         """
@@ -221,7 +221,8 @@ class Control:
 
     def _flush(self):
         """Write what changed to the store."""
-        self._node.in_background(self._node.fleet.own.flush)
+        if _is_over(self._flushing):
+            self._flushing = self._node.in_background(self._node.fleet.own.flush)
 
     def _forget(self):
         """Let the time fade that has passed on the node's clock."""
@@ -233,9 +234,9 @@ class Control:
     # Peers ---------------------------------------------------------------------------------------
 
     def _publish_state(self):
-        is_busy = self._sending is not None and not self._sending.done()
         version = self._node.fleet.own.version
-        if not is_busy and version != self._sent_version and self._state.get_subscription_count():
+        is_new = version != self._sent_version
+        if is_new and _is_over(self._sending) and self._state.get_subscription_count():
             self._sent_version = version
             self._sending = self._node.in_background(self._send_state)
 
@@ -264,3 +265,8 @@ class Control:
                 node.warn(f'peer_{received.reason}', received.text)
 
         node.in_background(receive)
+
+
+def _is_over(future):
+    """Tell whether work in the background has ended, or never began."""
+    return future is None or future.done()

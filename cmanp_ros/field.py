@@ -24,6 +24,7 @@ from cmanp_ros.store import TileStore
 
 OK, OUTSIDE, NOT_FINITE = 0, 1, 2  # status of a target, as in Prediction.msg
 TILES_PER_SIDE = 10  # of the finest, along the longest side of the bounds
+LARGEST_COUNT = 2**53  # of observations: beyond it a float64 does not count
 LARGEST_VALUE = 1e6  # [value_scale] a value further from value_offset is a fault of its source
 
 
@@ -373,7 +374,7 @@ class NeuralField:
     def _load(self, keys, state, header, source):
         count, robots = header.get('num_observations'), header.get('robots', self.robots)
         are_names = isinstance(robots, list) and all(isinstance(name, str) for name in robots)
-        if type(count) is not int or count < 0 or not (are_names and robots):
+        if type(count) is not int or not (0 <= count < LARGEST_COUNT and are_names and robots):
             raise CheckpointError(
                 f'{source} has num_observations {count!r} and robots {robots!r}: expected a count '
                 'and names; it cannot be used'

@@ -11,7 +11,7 @@ import torch
 
 from cmanp_ros import maps
 from cmanp_ros.core.errors import InputError
-from cmanp_ros.field import NeuralField, Observed
+from cmanp_ros.field import LARGEST_VALUE, NeuralField, Observed
 from cmanp_ros.maps import MapError, Provenance
 
 MAX_PEERS = 32  # a stranger who invents robots shall not fill the memory
@@ -158,6 +158,14 @@ class Fleet:
         if field.robots[0] != robot:
             return Received(
                 'damaged', f'the map of robot {robot!r} says it is that of {field.robots[0]!r}'
+            )
+        with torch.inference_mode():
+            is_possible = field.world.is_possible(LARGEST_VALUE)
+        if not is_possible:
+            return Received(
+                'damaged',
+                f'the map of robot {robot!r} holds sums that no observations give: see what sends '
+                'on that topic',
             )
         others = [peer.field for name, peer in self._peers.items() if name != robot]
         held = {name for other in (self.own, *others) for name in other.robots}

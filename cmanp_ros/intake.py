@@ -104,7 +104,9 @@ class Intake:
         self.sources = {
             each.name: Source(each, node) for each in node.parameters.source_parameters
         }
-        self.provenance = self._nothing_yet()
+        self.provenance = self.nothing_yet()
+        self.newest_stamp = 0
+        """[ns] of the observations since the clock last began; 0 before the first."""
         self.newest_x = np.add(node.parameters.bounds_min, node.parameters.bounds_max) / 2
         self.paused = False
         self.folded_at = None  # [s] of the monotonic clock
@@ -130,12 +132,8 @@ class Intake:
         """Return the median time [s] from a message to the map with it; None before the first."""
         return self._latency.median()
 
-    @property
-    def newest_stamp(self) -> int:
-        """Return the stamp [ns] of the newest observation in the map; 0 before the first."""
-        return self.provenance.newest_stamp
-
-    def _nothing_yet(self):
+    def nothing_yet(self) -> Provenance:
+        """Return the provenance of an empty map."""
         p = self._node.parameters
         return Provenance(p.map_frame, (p.bounds_min, p.bounds_max))
 
@@ -146,17 +144,27 @@ class Intake:
         messages = sum((source.messages.snapshot() for source in sources), CounterSnapshot())
         return points, messages
 
-    def begin_again(self):
+    def observed(self, oldest_stamp: int, newest_stamp: int):
+        """Note that observations of this time [ns] are in the map now."""
+        self.provenance = self.provenance.observed(oldest_stamp, newest_stamp)
+        self.newest_stamp = max(self.newest_stamp, newest_stamp)
+
+    def begin_again(self, provenance: Provenance | None = None):
         """
-        Forget what was thinned, waits or is being folded: the map is another one now.
+        Forget what was thinned, waits or is being folded.
 
         To be called on the worker's thread.
+
+        :param provenance: of the map, which is another one now; None: it is the same, but the
+            clock jumped back.
         """
         self._num_resets += 1  # what is left of the message being folded is left out
         for batch in self._node.worker.clear():
             self._clear(batch, len(batch.x))
         self._node.transforms.clear()
-        self.provenance = self._nothing_yet()
+        self.newest_stamp = 0
+        if provenance is not None:
+            self.provenance, self.newest_stamp = provenance, provenance.newest_stamp
         for source in self.sources.values():
             source.admission.clear()
 
@@ -239,7 +247,7 @@ class Intake:
                 source.points.fold(observed.folded)
                 self._reject_points(source, observed.rejected)
                 if observed.folded:
-                    self.provenance = self.provenance.observed(batch.stamp, batch.stamp)
+                    self.observed(batch.stamp, batch.stamp)
                     self.newest_x = x[chunk][-1]
                 yield
             source.messages.fold()
@@ -317,6 +325,7 @@ class Intake:
 
 _REASONS = {
     'not_finite': 'NaN or infinite location or value',
+    'too_near': 'nearer to the sensor than min_range',
     'out_of_range': 'no echo between min_range and max_range (REP 117)',
     'outside_workspace': 'outside bounds_min and bounds_max',
     'value_out_of_range': 'absurdly far from value_offset; set value_offset and value_scale',

@@ -93,6 +93,14 @@ class SourceParameters:
         'field units per unit of the message',
     )
     value_offset: float = _parameter(0.0, 'Converts units; see value_scale.', 'field units')
+    min_range: float = _parameter(
+        0.0,
+        'Leaves out the points that lie nearer to the origin of their frame: the robot itself, '
+        'and the (0, 0, 0) that some drivers send for no echo; not for points in the map frame.',
+        'm',
+        0.0,
+        1e9,
+    )
     voxel_size: float = _parameter(
         0.0,
         'Thins the points: one per voxel of this size in the map frame is folded; 0: all are.',

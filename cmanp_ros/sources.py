@@ -86,6 +86,9 @@ class Reader:
                 f'source {self.source.name!r} has {y.shape[1]} number per value; expected '
                 f'{self.dim_y}, as the loaded checkpoint: publish cmanp_ros/msg/Observations',
             )
+        if self.source.min_range and not in_map:
+            far = np.linalg.norm(x, axis=1) >= self.source.min_range
+            x, y, rejected = x[far], y[far], {**rejected, 'too_near': int((~far).sum())}
         is_height = self.value_is_height and not in_map
         return Reading(message.header, x, self.scaled(y), rejected, is_height)
 
@@ -134,6 +137,11 @@ def reader_for(
 
     else:
         path = _checked_path(source, message_type)
+        if source.min_range:
+            raise ConfigError(
+                f'{source.name}.min_range is {source.min_range}, but {source.type} is read at the '
+                'origin of its frame; expected 0: only points of a cloud are near or far'
+            )
 
         def points(message, num_coordinates):
             return _point_at_origin(message, path, num_coordinates)

@@ -13,7 +13,7 @@ PARSERS = {'.xml': xml.etree.ElementTree.parse, '.yaml': yaml.safe_load, '.rviz'
 def main():
     """Print each file that cannot be parsed, and why."""
     paths = [p for p in ROOT.iterdir() if p.is_file()]
-    for folder in ('config', 'docs', 'launch', 'test'):
+    for folder in ('config', 'docs', 'launch', 'security', 'test'):
         paths += (ROOT / folder).rglob('*')
     faults = 0
     for path in sorted(paths):

@@ -68,6 +68,17 @@ def merge(a: AttentionSums, b: AttentionSums) -> AttentionSums:
     return AttentionSums(largest + total.log(), mean)
 
 
+LARGEST_SUM = 1e6  # far beyond what layers after a LayerNorm make of any points
+
+
+def is_possible(a: AttentionSums) -> Bool[Tensor, ' batch']:
+    """
+    Return whether observations can have given these sums, as far as their size tells.
+    """
+    mean_value = a.mean_value.flatten(1).abs().amax(1)
+    return (a.logsumexp.flatten(1).amax(1) < LARGEST_SUM) & (mean_value < LARGEST_SUM)
+
+
 def forget(a: AttentionSums, factor: float) -> AttentionSums:
     """
     Weight every point folded so far by `factor` in (0, 1], against points to come.

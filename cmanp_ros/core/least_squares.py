@@ -182,6 +182,44 @@ def merge(a: LeastSquaresSums, b: LeastSquaresSums) -> LeastSquaresSums:
     return LeastSquaresSums(*added, voxel_freshness=freshest)
 
 
+ROUNDING = 1e-9  # relative, of sums of many millions of points
+
+
+def is_possible(
+    config: LeastSquaresConfig, a: LeastSquaresSums, num_observations: Tensor, largest: float
+) -> Tensor:
+    """
+    Return whether observations can have given these sums, (batch,) bool; if so, `solve` works.
+
+    No function exceeds 1 in a tile, and the inner products of all functions and values among each
+    other are a positive semidefinite matrix.
+
+    :param num_observations: (batch,), points ever folded.
+    :param largest: absolute value in model units that no observation exceeds.
+    """
+    more, count, gram = 1 + ROUNDING, a.count, unpack(a.gram)
+    seen, in_voxels = num_observations.to(count), a.voxel_count.sum(1)
+    constant = gram[:, _constant(config, gram.shape[-1]), _constant(config, gram.shape[-1])]
+    is_present = (a.voxel_freshness > 0) == (a.voxel_count > 0)
+    holds = [
+        (count >= 0) & (count <= more * seen),
+        (constant - count).abs() <= ROUNDING * count,
+        (in_voxels - count).abs() <= ROUNDING * count,
+        (is_present & (a.voxel_count >= 0) & (a.voxel_freshness <= 1)).all(1),
+        (a.voxel_count <= more * seen.unsqueeze(1) * a.voxel_freshness).all(1),
+        (gram.diagonal(dim1=-2, dim2=-1) <= more * count.unsqueeze(1)).all(1),
+        (a.sum_squares <= more * largest**2 * count.unsqueeze(1)).all(1),
+    ]
+    for moment, square in zip(a.moment.unbind(-1), a.sum_squares.unbind(-1), strict=True):
+        below = torch.cat([moment, square.unsqueeze(-1)], -1).unsqueeze(1)
+        inner = torch.cat([torch.cat([gram, moment.unsqueeze(-1)], -1), below], 1)
+        size = inner.diagonal(dim1=-2, dim2=-1).clamp(min=torch.finfo(inner.dtype).tiny).sqrt()
+        cosine = inner / size.unsqueeze(-1) / size.unsqueeze(-2)
+        cosine.diagonal(dim1=-2, dim2=-1).add_(ROUNDING)
+        holds.append(torch.linalg.cholesky_ex(cosine).info == 0)
+    return torch.stack(holds).all(0)
+
+
 def forget(a: LeastSquaresSums, factor: float) -> LeastSquaresSums:
     """
     Weight every point folded so far by `factor` in (0, 1].

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cmanp_ros.core import attention, least_squares
 from cmanp_ros.core.attention import AttentionSums
+from cmanp_ros.core.config import LeastSquaresConfig
 from cmanp_ros.core.errors import InputError, StateMismatchError
 from cmanp_ros.core.least_squares import LeastSquaresSums
 
@@ -45,6 +46,20 @@ class State:
         if self.least_squares is not None:
             named |= {f'least_squares.{k}': v for k, v in self.least_squares._asdict().items()}
         return named | {'num_observations': self.num_observations}
+
+    def is_possible(self, config: LeastSquaresConfig | None, largest: float) -> bool:
+        """
+        Return whether observations can have given these sums: a stranger may send any.
+
+        :param config: of the least-squares memory.
+        :param largest: absolute value in model units that no observation exceeds.
+        """
+        possible = attention.is_possible(self.attention) & (self.num_observations >= 0)
+        if self.least_squares is not None:
+            possible &= least_squares.is_possible(
+                config, self.least_squares, self.num_observations, largest
+            )
+        return bool(possible.all())
 
     def is_finite(self) -> bool:
         """

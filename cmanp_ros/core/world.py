@@ -170,6 +170,13 @@ class World:
         parts = [self.tiles.state(self.tiles.rows(some)) for some in self._batches(keys)]
         return keys, concatenate(parts) if parts else None
 
+    def is_possible(self, largest: float) -> bool:
+        """Return whether observations can have given this map: see `State.is_possible`."""
+        return all(
+            self.tiles.state(self.tiles.rows(some)).is_possible(self._options, largest)
+            for some in self._batches(self.tiles.keys())
+        )
+
     def load(self, keys: list[Key], state: State | None, num_observations: int, **totals):
         """
         Hold what was exported and nothing else; in a store all at once.

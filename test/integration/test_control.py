@@ -151,6 +151,9 @@ def test_map_saved_at_the_end_is_there_at_the_next_start(start_node, client, tmp
     again = start_node(state_directory=str(tmp_path), restore='autosave', namespace='/again')
     assert content(again.field) == before
     assert again.header().stamp.sec == 7
+    (tmp_path / 'autosave.safetensors').unlink()
+    again.control.autosave()
+    assert not list(tmp_path.iterdir()), 'nothing changed since it was restored'
 
 
 def test_damaged_map_is_not_restored_over(start_node, client, tmp_path):
@@ -235,6 +238,9 @@ def test_clock_that_jumps_back_is_followed_as_the_parameter_says(start_node, cli
     assert node.intake.paused == (policy == 'pause')
     if policy != 'pause':
         assert node.header().stamp.sec == 21, 'not the stamp from before the jump'
+    found = node.intake.provenance
+    stamps = {'keep': (21, 500), 'reset': (21, 21), 'pause': (500, 500)}[policy]
+    assert (found.oldest_stamp // 10**9, found.newest_stamp // 10**9) == stamps, 'of the map'
 
 
 def set_parameters(client, **values):

@@ -215,6 +215,20 @@ def test_cloud_takes_the_value_field_of_its_source_or_that_of_the_node():
     assert (error.reason, "no field 'no2'" in str(error)) == ('missing_field', True)
 
 
+def test_points_nearer_than_min_range_are_left_out_and_counted():
+    x = np.array([[0, 0, 0], [0.2, 0.2, 0.2], [3, 4, 0], [0, 0, np.nan], [0.5, 0, 0]])
+    columns = dict(zip('xyz', x.T, strict=True))
+    near = reader('sensor_msgs/msg/PointCloud2', min_range=0.5)
+    reading = near.read(cloud_from_points(columns, THERE))
+    np.testing.assert_array_equal(reading.x, x[[2, 4]])
+    np.testing.assert_array_equal(reading.y, x[[2, 4], 2:])
+    assert reading.rejected == {'too_near': 2, 'not_finite': 1}
+    in_map = near.read(cloud_from_points(columns, IN_MAP))
+    assert len(in_map.x) == 4 and 'too_near' not in in_map.rejected, 'the map has no sensor in it'
+    with pytest.raises(ConfigError, match=r'min_range is 0\.5, but sensor_msgs/msg/Temperature'):
+        reader('sensor_msgs/msg/Temperature', min_range=0.5)
+
+
 @pytest.mark.parametrize(
     'header, field, dim_x, expected',
     [

@@ -810,3 +810,63 @@ def test_sampled_weights_follow_the_generator():
         for seed in (1, 1, 2)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+# Sums that strangers send ------------------------------------------------------------------------
+
+LARGEST = 1e6
+
+
+def is_possible(config, a, num):
+    return least_squares.is_possible(config, a, torch.full((len(a.count),), num), LARGEST)
+
+
+@pytest.mark.parametrize('offset', [0.0, 1.0, -LARGEST * 0.999])
+@pytest.mark.parametrize('relief', [0.0, 1e-6, 1.0])
+@pytest.mark.parametrize('dim_x', [1, 2, 3])
+@pytest.mark.parametrize('num', [0, 1, 5, 4000])
+def test_sums_of_any_points_are_possible(dim_x, num, offset, relief):
+    config = config_of(dim_x)
+    x, y, _ = data(dim_x, num)
+    x = (x * torch.tensor([1.0, 0.01, 0.0])[:, None, None]).contiguous()  # spread, near, parked
+    a = least_squares.sums(config, x, offset + relief * y)
+    assert is_possible(config, a, num).all()
+    for _ in range(30):
+        a = least_squares.merge(a, least_squares.forget(a, 0.3))
+    assert is_possible(config, a, num * 2**30).all(), 'after merging and forgetting'
+    a = least_squares.forget(a, 1e-300)
+    assert is_possible(config, a, num * 2**30).all(), 'all but forgotten'
+
+
+@pytest.mark.parametrize('factor', [-1.0, 0.0, 1 - 1e-6, 1 + 1e-6, 1e300])
+@pytest.mark.parametrize('name', ['gram', 'count', 'voxel_count'])
+def test_sums_of_no_points_are_told(name, factor):
+    config = config_of(2)
+    a = least_squares.sums(config, *data(2, 40)[:2])
+    a = a._replace(**{name: getattr(a, name) * factor})
+    assert not is_possible(config, a, 40).any()
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda a: {'moment': a.moment * 3},  # more than the squares of the values allow
+        lambda a: {'sum_squares': a.sum_squares / 3},
+        lambda a: {'sum_squares': a.sum_squares * 1e13},  # values beyond LARGEST
+        lambda a: {'voxel_freshness': 1.1 * a.voxel_freshness},
+        lambda a: {'voxel_freshness': 1e-3 * a.voxel_freshness},  # more points than were seen
+        lambda a: {'voxel_freshness': 0 * a.voxel_freshness},
+        lambda a: {'gram': a.gram + 9 * (torch.arange(a.gram.shape[1]) == 1)},
+    ],
+)
+def test_sums_that_contradict_each_other_are_told(change):
+    config = config_of(2)
+    a = least_squares.sums(config, *data(2, 40)[:2])
+    assert is_possible(config, a, 40).all()
+    assert not is_possible(config, a._replace(**change(a)), 40).any()
+
+
+def test_sums_of_more_points_than_were_seen_are_told():
+    config = config_of(2)
+    a = least_squares.sums(config, *data(2, 40)[:2])
+    assert not is_possible(config, a, 39).any()
