@@ -8,6 +8,7 @@ import pytest
 import rclpy
 from conftest import wait_for
 from diagnostic_msgs.msg import DiagnosticStatus
+from geometry_msgs.msg import TransformStamped
 from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from rosgraph_msgs.msg import Clock
@@ -269,7 +270,7 @@ def test_simulated_time_without_a_clock(start_node, client, examine):
     assert 'ahead of /clock' in str(report), 'the client stamps with the time of the system'
 
 
-def test_source_in_another_frame(start_node, client, examine, tf2):
+def test_source_in_another_frame(start_node, client, examine, connect):
     start_node(status_rate=20.0)
     publish(client, cloud(frame_id='lidar'))
     report = examine()
@@ -277,27 +278,41 @@ def test_source_in_another_frame(start_node, client, examine, tf2):
     assert '[no_transform]' in report.last
     assert "'map' <- 'lidar'" in report.last
 
-    tf2.connected = True
+    connect()
     report = examine()
     assert "frame 'lidar', map_frame 'map': TF connects them" in str(report)
 
 
-@pytest.fixture
-def tf2(monkeypatch):
-    """Put the part of tf2_ros that the doctor asks in its place: it cannot be installed here."""
-    module = types.ModuleType('tf2_ros')
-    module.connected = False
+@pytest.fixture(params=['stand-in', 'tf2_ros'])
+def connect(request, client, monkeypatch):
+    """Return what connects the frame 'lidar' to the map: in tf2, and in a stand-in for it."""
+    if request.param == 'stand-in':
+        return stand_in(monkeypatch)
+    tf2_ros = pytest.importorskip('tf2_ros', reason='tf2_ros is not installed')
+
+    def broadcast():
+        connection = TransformStamped(child_frame_id='lidar')
+        connection.header.frame_id, connection.transform.rotation.w = 'map', 1.0
+        client.broadcaster = tf2_ros.StaticTransformBroadcaster(client.node)
+        client.broadcaster.sendTransform(connection)
+
+    return broadcast
+
+
+def stand_in(monkeypatch):
+    """Put the part of tf2_ros that the doctor asks in its place."""
+    module, connected = types.ModuleType('tf2_ros'), []
 
     class Buffer:
         def can_transform(self, target, source, at):
             assert (target, source) == ('map', 'lidar')
-            return module.connected
+            return bool(connected)
 
     module.Buffer = Buffer
     module.TransformListener = lambda buffer, node, spin_thread: None
     monkeypatch.setitem(sys.modules, 'tf2_ros', module)
     monkeypatch.setattr(doctor, 'find_spec', lambda name: True)
-    return module
+    return lambda: connected.append(True)
 
 
 def test_without_tf2_it_says_that_it_has_not_looked(start_node, client, examine, monkeypatch):
