@@ -1,8 +1,5 @@
 """
-The field prior of the default model: tasks drawn from Gaussian processes on [-2, 2]^dim_x.
-
-Kernel RBF or Matern-5/2, length log-uniform in [0.25, 1.5], scale uniform in [0.3, 1), noise
-log-uniform in [0.02, 0.2]; half of the tasks have contexts along a random walk.
+Worlds for training: fields such as robots meet, how they are observed, and what is asked.
 """
 
 from math import sqrt
@@ -12,33 +9,7 @@ import torch
 from torch import Tensor
 
 HALF_WIDTH = 2.0
-
-
-class Task(NamedTuple):
-    """
-    A batch of tasks; all float64, in model units.
-    """
-
-    x_context: Tensor
-    """(batch, num_context, dim_x)."""
-    y_context: Tensor
-    """(batch, num_context, 1)."""
-    x_target: Tensor
-    """(batch, num_target, dim_x)."""
-    y_target: Tensor
-    """(batch, num_target, 1): observations, noise included."""
-
-
-class Hyperparameters(NamedTuple):
-    """
-    What generated each task, (batch,) each.
-    """
-
-    matern: Tensor
-    """bool: Matern-5/2 rather than RBF."""
-    length: Tensor
-    scale: Tensor
-    noise: Tensor
+NUM_FEATURES = 512  # random Fourier features of a training field: cheap, close to Gaussian
 
 
 def _uniform(generator, size, low, high):
@@ -47,93 +18,6 @@ def _uniform(generator, size, low, high):
 
 def _log_uniform(generator, size, low, high):
     return _uniform(generator, size, torch.tensor(low).log(), torch.tensor(high).log()).exp()
-
-
-def hyperparameters(generator, batch) -> Hyperparameters:
-    """
-    Draw hyperparameters of the field prior.
-    """
-    return Hyperparameters(
-        matern=torch.rand(batch, generator=generator) < 0.5,
-        length=_log_uniform(generator, batch, 0.25, 1.5),
-        scale=_uniform(generator, batch, 0.3, 1.0),
-        noise=_log_uniform(generator, batch, 0.02, 0.2),
-    )
-
-
-def locations(generator, batch, num_context, num_target, dim_x):
-    """
-    Draw context and target locations; every second task has a random-walk context.
-
-    :return: (batch, num_context, dim_x) and (batch, num_target, dim_x).
-    """
-    x = _uniform(generator, (batch, num_context + num_target, dim_x), -HALF_WIDTH, HALF_WIDTH)
-    context, target = x[:, :num_context], x[:, num_context:]
-    if num_context:
-        step = 0.15 * torch.randn(
-            batch, num_context, dim_x, dtype=torch.float64, generator=generator
-        )
-        step[:, 0] = context[:, 0]
-        walk = _reflect(step.cumsum(1))
-        is_walk = torch.arange(batch) % 2 == 1
-        context = torch.where(is_walk[:, None, None], walk, context)
-    return context, target
-
-
-def _reflect(x):
-    """
-    Fold the line into [-2, 2] by reflection at both ends.
-    """
-    period = 4 * HALF_WIDTH
-    x = (x + HALF_WIDTH) % period
-    return torch.minimum(x, period - x) - HALF_WIDTH
-
-
-def kernel(h: Hyperparameters, a: Tensor, b: Tensor) -> Tensor:
-    """
-    Return the covariance of the noiseless field between a (batch, n, d) and b (batch, m, d).
-    """
-    r = torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist') / h.length[:, None, None]
-    matern = (1 + sqrt(5) * r + 5 / 3 * r.square()) * torch.exp(-sqrt(5) * r)
-    correlation = torch.where(h.matern[:, None, None], matern, torch.exp(-0.5 * r.square()))
-    return h.scale.square()[:, None, None] * correlation
-
-
-def gp_predict(h: Hyperparameters, x_context, y_context, x_target):
-    """
-    Predict with the exact GP that knows the hyperparameters.
-
-    :return: mean and stddev of an observation, (batch, num_target, 1).
-    """
-    eye = torch.eye(x_context.shape[1], dtype=torch.float64)
-    noise2 = h.noise.square()[:, None, None]
-    factor = torch.linalg.cholesky(kernel(h, x_context, x_context) + noise2 * eye)
-    cross = torch.linalg.solve_triangular(factor, kernel(h, x_context, x_target), upper=False)
-    mean = cross.mT @ torch.linalg.solve_triangular(factor, y_context, upper=False)
-    variance = h.scale.square()[:, None] - cross.square().sum(1)  # (batch, num_target)
-    return mean, (variance.unsqueeze(-1) + noise2).sqrt()
-
-
-def exact_tasks(generator, batch, num_context, num_target, dim_x=2):
-    """
-    Draw tasks exactly (one Cholesky factorization a task): for evaluation.
-
-    :return: tasks and their hyperparameters.
-    """
-    h = hyperparameters(generator, batch)
-    context, target = locations(generator, batch, num_context, num_target, dim_x)
-    x = torch.cat([context, target], 1)
-    covariance = kernel(h, x, x) + 1e-8 * torch.eye(x.shape[1], dtype=torch.float64)
-    white = torch.randn(batch, x.shape[1], 1, dtype=torch.float64, generator=generator)
-    field = torch.linalg.cholesky(covariance) @ white
-    noise = torch.randn(field.shape, dtype=torch.float64, generator=generator)
-    y = field + h.noise[:, None, None] * noise
-    return Task(context, y[:, :num_context], target, y[:, num_context:]), h
-
-
-# Worlds for training: what robots meet ---------------------------------------------------------
-
-NUM_FEATURES = 512  # random Fourier features of a training field: cheap, close to Gaussian
 
 
 class WorldTask(NamedTuple):
@@ -311,6 +195,15 @@ def _track(generator, n, side, dim_x):
         path[:, -1] += (lane * _log_uniform(generator, 1, 0.1, 2.0)) % side - side / 2
     footprint = _log_uniform(generator, 1, 1e-3, 0.3)
     return path + footprint * torch.randn(path.shape, dtype=torch.float64, generator=generator)
+
+
+def _reflect(x):
+    """
+    Fold the line into [-2, 2] by reflection at both ends.
+    """
+    period = 4 * HALF_WIDTH
+    x = (x + HALF_WIDTH) % period
+    return torch.minimum(x, period - x) - HALF_WIDTH
 
 
 def _random_field(generator, x, smoothness, length):

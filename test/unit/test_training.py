@@ -6,11 +6,8 @@ from math import sqrt
 
 import numpy as np
 import pytest
-import scipy.stats
 import small_models
 import torch
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern
 
 import cmanp_ros.core.world
 from cmanp_ros.checkpoint import load_model, read_extra
@@ -19,7 +16,7 @@ from cmanp_ros.core.errors import ConfigError
 from cmanp_ros.training import batches, loop, priors
 from cmanp_ros.training.batches import Batch, Batches, augment, world_batch
 from cmanp_ros.training.loop import TrainingConfig, batch_log_likelihood, train
-from cmanp_ros.training.priors import Hyperparameters, Task, WorldTask
+from cmanp_ros.training.priors import WorldTask
 
 BATCH, N_TARGET = 8, 5
 EXACT = {'rtol': 1e-9, 'atol': 1e-9}
@@ -30,99 +27,6 @@ def seeded(seed=3):
 
 
 # Priors ------------------------------------------------------------------------------------------
-
-
-def test_hyperparameters_have_their_ranges_and_distributions():
-    h = priors.hyperparameters(seeded(), 10_007)
-    for value, low, high in ((h.length, 0.25, 1.5), (h.noise, 0.02, 0.2), (h.scale, 0.3, 1.0)):
-        assert value.shape == (10_007,) and value.min() >= low and value.max() <= high
-    for value, low, high in ((h.length, 0.25, 1.5), (h.noise, 0.02, 0.2)):
-        position = (value.log() - np.log(low)) / np.log(high / low)
-        assert scipy.stats.kstest(position, 'uniform').pvalue > 1e-3
-    assert scipy.stats.kstest((h.scale - 0.3) / 0.7, 'uniform').pvalue > 1e-3
-    assert abs(h.matern.float().mean() - 0.5) < 0.02
-
-
-@pytest.mark.parametrize('dim_x', [1, 2, 3])
-@pytest.mark.parametrize('num_context', [0, 1, 7])
-def test_locations_lie_in_the_workspace(dim_x, num_context):
-    context, target = priors.locations(seeded(), BATCH, num_context, N_TARGET, dim_x)
-    assert context.shape == (BATCH, num_context, dim_x)
-    assert target.shape == (BATCH, N_TARGET, dim_x)
-    for x in (context, target):
-        assert (x.abs() <= 2).all()
-
-
-def test_every_second_context_is_a_random_walk():
-    context, _ = priors.locations(seeded(), BATCH, 211, N_TARGET, 2)
-    step = context.diff(dim=1).norm(dim=-1).mean(1)
-    walk_step = 0.15 * sqrt(np.pi / 2)  # mean length of a normal step in the plane
-    assert (step[0::2] > 1).all()
-    np.testing.assert_allclose(step[1::2], walk_step, rtol=0.2)
-    context, _ = priors.locations(seeded(), 402, 3, N_TARGET, 2)
-    for start in context[1::2, 0].mT:  # anywhere
-        assert scipy.stats.kstest((start + 2) / 4, 'uniform').pvalue > 1e-3
-
-
-@pytest.mark.parametrize('dim_x', [1, 2, 3])
-@pytest.mark.parametrize('matern', [False, True])
-def test_the_exact_gp_equals_scikit_learn(dim_x, matern):
-    h = Hyperparameters(
-        matern=torch.tensor([matern] * 2),
-        length=torch.tensor([0.4, 1.3]).double(),
-        scale=torch.tensor([0.9, 0.4]).double(),
-        noise=torch.tensor([0.03, 0.2]).double(),
-    )
-    x, x_target = priors.locations(seeded(), 2, 7, N_TARGET, dim_x)
-    y = torch.sin(2 * x.sum(-1, keepdim=True))
-    mean, stddev = priors.gp_predict(h, x, y, x_target)
-    for row in range(2):
-        length = h.length[row].item()
-        shape = Matern(length, nu=2.5) if matern else RBF(length)
-        noise2 = h.noise[row].item() ** 2
-        oracle = GaussianProcessRegressor(
-            ConstantKernel(h.scale[row].item() ** 2) * shape, alpha=noise2, optimizer=None
-        ).fit(x[row], y[row, :, 0])
-        expected, field = oracle.predict(x_target[row], return_std=True)
-        np.testing.assert_allclose(mean[row, :, 0], expected, atol=1e-10)
-        np.testing.assert_allclose(stddev[row, :, 0], np.sqrt(field**2 + noise2), atol=1e-10)
-
-
-@pytest.mark.parametrize('num_context', [0, 1, 7])
-def test_the_exact_gp_answers_for_every_target(num_context):
-    task, h = priors.exact_tasks(seeded(), BATCH, num_context, N_TARGET)
-    mean, stddev = priors.gp_predict(h, task.x_context, task.y_context, task.x_target)
-    assert mean.shape == stddev.shape == (BATCH, N_TARGET, 1)
-    if num_context == 0:
-        assert (mean == 0).all()
-        expected = (h.scale.square() + h.noise.square()).sqrt()[:, None, None]
-        torch.testing.assert_close(stddev, expected.expand(BATCH, N_TARGET, 1))
-
-
-def test_exact_tasks_are_what_the_exact_gp_expects():
-    task, h = priors.exact_tasks(seeded(), 401, 7, N_TARGET)
-    mean, stddev = priors.gp_predict(h, task.x_context, task.y_context, task.x_target)
-    z = ((task.y_target - mean) / stddev)[:, 0, 0]  # one a task: those of a task are correlated
-    assert scipy.stats.kstest(z, 'norm').pvalue > 1e-3
-
-
-@pytest.mark.parametrize('dim_x', [1, 2, 3])
-@pytest.mark.parametrize('num_context', [0, 1, 7])
-def test_exact_tasks_are_finite_and_follow_the_generator(num_context, dim_x):
-    def draw(seed):
-        return priors.exact_tasks(seeded(seed), BATCH, num_context, N_TARGET, dim_x)[0]
-
-    first, again, other = draw(1), draw(1), draw(2)
-    assert first.x_context.shape == (BATCH, num_context, dim_x)
-    assert first.y_context.shape == (BATCH, num_context, 1)
-    assert first.x_target.shape == (BATCH, N_TARGET, dim_x)
-    assert first.y_target.shape == (BATCH, N_TARGET, 1)
-    for name in Task._fields:
-        value = getattr(first, name)
-        assert value.isfinite().all() and value.dtype == torch.float64
-        assert torch.equal(value, getattr(again, name))
-    assert (first.x_context.abs() <= 2).all() and (first.x_target.abs() <= 2).all()
-    assert not torch.equal(first.y_target, other.y_target)
 
 
 @pytest.mark.parametrize('dim_x', [1, 2, 3])
