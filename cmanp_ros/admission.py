@@ -138,6 +138,24 @@ class RateLimit:
         return True
 
 
+def thin(
+    admission: Admission, x_map: np.ndarray, y: np.ndarray, stamp_sec: float
+) -> tuple[np.ndarray, dict[str, int]]:
+    """
+    Tell which points of a message to fold: of those that are finite, those that are admitted.
+
+    :param x_map: (n, dim) [m] in the map frame.
+    :param y: (n, dim_y) [field units].
+    :param stamp_sec: [s] of the message.
+    :return: (n,) bool, and reason -> number of points left out for it.
+    """
+    good = np.isfinite(x_map).all(1) & np.isfinite(y).all(1)
+    admitted = admission.admit(x_map[good], stamp_sec)
+    rejected = {'not_finite': int((~good).sum()), 'thinned': int((~admitted).sum())}
+    good[good] = admitted
+    return good, rejected
+
+
 def _voxel_keys(x: np.ndarray, voxel_size: float) -> np.ndarray:
     """Pack the voxel of each point (n, dim) into one number >= 0: as many bits for each axis."""
     bits = _KEY_BITS // x.shape[1]

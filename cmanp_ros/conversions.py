@@ -5,31 +5,30 @@ A message is untrusted input. Its sizes are checked before anything is allocated
 never written to, and what cannot be read raises a `MessageError` whose reason counts it. A row
 that is not finite is dropped and counted, whatever `is_dense` says: it often lies (gz-sensors
 #179). Meters and field units on both sides; arrays are float64 here and float32 in messages.
+
+Reading takes any object with the fields of the message, as a bag gives it without ROS; the types
+of ROS are imported by what makes messages.
 """
 
 from __future__ import annotations
 
 import array
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from builtin_interfaces.msg import Time
-from sensor_msgs.msg import PointCloud2, PointField
-from std_msgs.msg import Header
 
 from cmanp_ros.core.errors import InputError
-from cmanp_ros.msg import Observations, Prediction
 
-_DATATYPES = {
-    PointField.INT8: 'i1',
-    PointField.UINT8: 'u1',
-    PointField.INT16: 'i2',
-    PointField.UINT16: 'u2',
-    PointField.INT32: 'i4',
-    PointField.UINT32: 'u4',
-    PointField.FLOAT32: 'f4',
-    PointField.FLOAT64: 'f8',
-}
+if TYPE_CHECKING:
+    from builtin_interfaces.msg import Time
+    from sensor_msgs.msg import PointCloud2
+    from std_msgs.msg import Header
+
+    from cmanp_ros.msg import Observations, Prediction
+
+# By the datatype of a sensor_msgs/PointField: INT8 is 1, FLOAT64 is 8.
+_DATATYPES = dict(enumerate(('i1', 'u1', 'i2', 'u2', 'i4', 'u4', 'f4', 'f8'), start=1))
 
 
 class MessageError(InputError):
@@ -89,6 +88,9 @@ def cloud_from_points(
     :return: little-endian cloud of height 1; `is_dense` is true only if every number is finite.
     :raises InputError: columns of different lengths, or none.
     """
+    from sensor_msgs.msg import PointCloud2, PointField
+    from std_msgs.msg import Header
+
     columns = {name: np.asarray(column) for name, column in fields.items()}
     shapes = {name: column.shape for name, column in columns.items()}
     if len(set(shapes.values())) != 1 or any(len(shape) != 1 for shape in shapes.values()):
@@ -146,6 +148,10 @@ def message_from_observations(
     :return: cmanp_ros/Observations.
     :raises InputError: not two matrices of equally many rows.
     """
+    from std_msgs.msg import Header
+
+    from cmanp_ros.msg import Observations
+
     x, y = np.asarray(x), np.asarray(y)
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise InputError(
@@ -190,6 +196,10 @@ def prediction_message(
     :return: cmanp_ros/Prediction.
     :raises InputError: shapes that do not fit each other.
     """
+    from std_msgs.msg import Header
+
+    from cmanp_ros.msg import Prediction
+
     mean, stddev, status = np.asarray(mean), np.asarray(stddev), np.asarray(status)
     if mean.ndim != 2 or stddev.shape != mean.shape or status.shape != mean.shape[:1]:
         raise InputError(
@@ -263,6 +273,8 @@ def stamp_from_nanoseconds(nanoseconds: int) -> Time:
         second) can be too late for a Time, which is then the last one.
     :return: builtin_interfaces/Time.
     """
+    from builtin_interfaces.msg import Time
+
     seconds, rest = divmod(int(nanoseconds), 1_000_000_000)
     return Time(sec=min(max(seconds, -(2**31)), 2**31 - 1), nanosec=rest)
 

@@ -1,7 +1,7 @@
 """
-Transform to the map frame: TF lookup at the stamp of a message, and rigid motion of points.
+Transform to the map frame: TF lookup at the stamp of a message.
 
-The arithmetic is plain numpy; tf2_ros is imported only when a frame differs from the map's.
+tf2_ros is imported only when a frame differs from the map's.
 """
 
 from __future__ import annotations
@@ -25,51 +25,9 @@ from rclpy.parameter import Parameter
 from rclpy.time import Time as RclpyTime
 
 from cmanp_ros.core.errors import TransformError
+from cmanp_ros.motion import check_header, rigid_motion
 
 _CHECK_PERIOD_SEC = 0.02
-
-
-def rotation_from_quaternion(x: float, y: float, z: float, w: float) -> np.ndarray:
-    """
-    Convert a quaternion to a rotation matrix.
-
-    :param x: of the vector part; likewise y and z.
-    :param w: scalar part. The quaternion need not be normalized.
-    :return: (3, 3) float64.
-    :raises TransformError: the quaternion is zero or not finite.
-    """
-    quaternion = np.array([x, y, z, w], dtype=np.float64)
-    norm = np.linalg.norm(quaternion)
-    if not np.isfinite(norm) or norm < 1e-6:
-        raise TransformError(
-            'bad_transform',
-            f'quaternion {quaternion.tolist()} (x, y, z, w) has norm {norm}; expected 1',
-        )
-    x, y, z, w = quaternion / norm
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-        ]
-    )
-
-
-def transform_points(
-    points: np.ndarray, rotation: np.ndarray, translation: np.ndarray
-) -> np.ndarray:
-    """
-    Move points from one frame to another: rotation @ p + translation for each row p.
-
-    :param points: (n, 1), (n, 2) or (n, 3) [m]; missing coordinates are 0.
-    :param rotation: (3, 3).
-    :param translation: (3,) [m].
-    :return: (n, 3) float64 [m]; a row that was not finite is not finite.
-    """
-    padded = np.zeros((len(points), 3))
-    padded[:, : points.shape[1]] = points
-    with np.errstate(invalid='ignore', over='ignore'):
-        return padded @ np.asarray(rotation).T + np.asarray(translation)
 
 
 class _Waiting(NamedTuple):
@@ -146,7 +104,7 @@ class TransformListener:
         if self.is_map_frame(frame):
             return ready(np.eye(3), np.zeros(3))
         try:
-            self._check_header(source, stamp, allow_latest)
+            check_header(source, stamp, self._map_frame, allow_latest)
             displaced = self._enqueue(key, source, RclpyTime.from_msg(stamp), ready, failed)
         except TransformError as error:
             return failed(error)
@@ -193,27 +151,6 @@ class TransformListener:
         if tf2 is not None:
             tf2.close()
         self._give_up(None, 'closed', 'was given up: the transform listener is closed')
-
-    def _check_header(self, source: str, stamp: Time, allow_latest: bool) -> None:
-        """Raise the error of a message that can never be transformed."""
-        if not source:
-            raise TransformError(
-                'no_frame',
-                'the message has no frame_id; expected the frame of its points, as in '
-                f"'{self._map_frame}'",
-            )
-        if stamp.sec == 0 and stamp.nanosec == 0 and not allow_latest:
-            raise TransformError(
-                'no_stamp',
-                f"the message in frame '{source}' has stamp 0, so where it was is unknown; "
-                f"expected the time of the readings, or points in '{self._map_frame}'",
-            )
-        if stamp.sec < 0:
-            raise TransformError(
-                'no_stamp',
-                f"the message in frame '{source}' has stamp {stamp.sec} s; "
-                'expected no time before 0',
-            )
 
     def _enqueue(self, key, source, stamp, ready, failed) -> _Waiting | None:
         """Add to the queue, start to listen at the first; return what had to leave for it."""
@@ -346,17 +283,8 @@ class _Tf2:
         :raises TransformError: it is no rigid motion.
         """
         found = self._buffer.lookup_transform(target, source, stamp).transform
-        rotation = rotation_from_quaternion(
-            found.rotation.x, found.rotation.y, found.rotation.z, found.rotation.w
-        )
-        translation = np.array([found.translation.x, found.translation.y, found.translation.z])
-        if not np.isfinite(translation).all():
-            raise TransformError(
-                'bad_transform',
-                f"transform from '{source}' to '{target}' has translation "
-                f'{translation.tolist()} m; expected finite numbers',
-            )
-        return rotation, translation
+        t, q = found.translation, found.rotation
+        return rigid_motion((t.x, t.y, t.z), (q.x, q.y, q.z, q.w), source, target)
 
     def explain(self, error: Exception, target: str, waiting: _Waiting) -> tuple[str, str]:
         """Return why a lookup failed: a key for counting, and words."""

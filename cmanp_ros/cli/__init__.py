@@ -9,7 +9,10 @@ from cmanp_ros.core.errors import CMANPError
 COMMANDS = {
     'demo': 'a simulated rover maps real terrain over ROS 2: a live view and a picture',
     'node': 'run the ROS 2 node (same as the executable cmanp_node)',
+    'replay': 'make a map from bags or tables of points, faster than they were recorded',
+    'plot': 'draw a map with its error bars from a saved map or a recording: PNG, GeoTIFF, PLY',
     'doctor': 'say why a running node does not map: topics, types, QoS, transforms, clock',
+    'view': 'show the map of a running node in a browser',
     'train': 'train a model from synthetic fields',
     'evaluate': 'score the default model beside a Gaussian process on held-out tasks',
     'bench': 'time folding, encoding and predicting on this machine',

@@ -196,11 +196,13 @@ class Visit:
 
     def snapshot(self) -> Snapshot:
         """Return the facts, as `health` wants them."""
+        from cmanp_ros import graph
         from cmanp_ros.diagnostics import counts_from_status
 
         facts = Snapshot(
             node=self.target,
             lifecycle=self.lifecycle,
+            num_alike=graph.node_names(self.node, unique=False).count(self.target),
             others=tuple(name for name in _cmanp_nodes(self.node) if name != self.target),
             sources=tuple(finding.source for finding in self.findings),
             map_frame=self.map_frame,
@@ -388,7 +390,10 @@ class Visit:
             how = 'TF connects them' if self._tf else 'TF was not checked: tf2_ros is missing here'
             mark = 'ok' if self._tf else 'warn'
             yield mark, f"frame '{frame}', map_frame '{self.map_frame}': {how}"
-        offset = now - (header.stamp.sec + header.stamp.nanosec * 1e-9)
+        stamp = header.stamp.sec + header.stamp.nanosec * 1e-9
+        if not stamp:
+            return (yield 'warn', 'the header has no stamp: have the publisher set it')
+        offset = now - stamp
         if abs(offset) > LARGEST_OFFSET_SEC:
             direction = 'behind' if offset > 0 else 'ahead of'
             clock = '/clock' if self.clock.use_sim_time else "this computer's clock"
@@ -466,6 +471,8 @@ def _report_node(snapshot: Snapshot, line) -> None:
     else:
         mark = 'ok' if snapshot.lifecycle == 'active' else 'problem'
         line(mark, 'node', f'found, {snapshot.lifecycle}')
+    if snapshot.num_alike > 1:
+        line('warn', '', f'{snapshot.num_alike} nodes have this name: any of them may answer')
 
 
 def _report_source(finding: Findings, snapshot: Snapshot, line) -> None:

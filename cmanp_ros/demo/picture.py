@@ -12,35 +12,28 @@ from matplotlib.colors import LightSource, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from cmanp_ros.demo.drive import path_length
 from cmanp_ros.demo.scores import Z_90, calibration
 from cmanp_ros.demo.terrain import Terrain, height_at
+from cmanp_ros.plots.style import (
+    ACCENT,
+    BAND,
+    BLUE,
+    DASHES,
+    ERROR_MAP,
+    HEIGHT_MAP,
+    INK,
+    STYLE,
+    draw_path,
+    head,
+    plain_log_ticks,
+)
 
-HEIGHT_MAP, ERROR_MAP = 'viridis', 'cividis'
-INK, GRAY, FAINT = '#1b1f24', '#5b636c', '#8a919a'
-BLUE, ACCENT, BAND = '#31688e', '#c2410c', '#94a3b8'
-DASHES = (0, (4, 2))
 WIDTH, HEIGHT, SIDE = 16.2, 11.95, 4.15  # [inch] of the figure, and of a panel
 LEFT, PITCH, UPPER, LOWER = 0.75, 5.3, 5.85, 0.65  # [inch] where panels are
 FINE_M = 15.0  # raster of the shaded maps
-STYLE = {
-    'font.size': 10,
-    'axes.labelcolor': INK,
-    'axes.edgecolor': FAINT,
-    'axes.linewidth': 0.8,
-    'text.color': INK,
-    'xtick.color': INK,
-    'ytick.color': INK,
-    'xtick.labelsize': 9,
-    'ytick.labelsize': 9,
-    'legend.frameon': True,
-    'legend.framealpha': 0.9,
-    'legend.edgecolor': 'white',
-    'legend.fancybox': False,
-    'legend.fontsize': 9,
-}
 
 
 def draw(
@@ -80,17 +73,6 @@ def _axes(figure, column, bottom, height=SIDE) -> Axes:
     """Add a panel; everything in inches."""
     left = LEFT + column * PITCH
     return figure.add_axes([left / WIDTH, bottom / HEIGHT, SIDE / WIDTH, height / HEIGHT])
-
-
-def _title(axes, title, subtitle):
-    """Head a panel with what it shows and, smaller, in which unit."""
-    for text, lift, options in (
-        (title, 22, {'fontsize': 12.5, 'fontweight': 'bold'}),
-        (subtitle, 7, {'fontsize': 10, 'color': GRAY}),
-    ):
-        axes.annotate(
-            text, (0, 1), (0, lift), 'axes fraction', textcoords='offset points', **options
-        )
 
 
 def _colorbar(figure, axes, mappable, **options):
@@ -146,7 +128,7 @@ def _heights(figure, truth_axes, mean_axes, grids, path):
         (truth_axes, 'heights', 'Truth, which the node never sees'),
         (mean_axes, 'mean', 'Predicted mean, and the path of the rover'),
     ):
-        _title(axes, title, 'height [m], contours every 50 m')
+        head(axes, title, 'height [m], contours every 50 m')
         fine, extent = _fine(grids['x'], grids[name])
         light = LightSource(azdeg=315, altdeg=45)
         cmap = ScalarMappable(norm, HEIGHT_MAP).get_cmap()
@@ -180,7 +162,7 @@ def _errors(figure, stddev_axes, error_axes, grids, path):
         ),
         (error_axes, error, 'Error that was made', '|mean - truth| [m], same colors'),
     ):
-        _title(axes, title, subtitle)
+        head(axes, title, subtitle)
         image = axes.imshow(
             values, ERROR_MAP, norm, origin='lower', extent=extent, interpolation='bilinear'
         )
@@ -192,8 +174,7 @@ def _errors(figure, stddev_axes, error_axes, grids, path):
 def _draw_path(axes, path, label=False):
     """Draw where the rover was, readable on any color."""
     x, y = path.T / 1000
-    casing = [withStroke(linewidth=2.6, foreground=(0, 0, 0, 0.45))]
-    axes.plot(x, y, color='white', linewidth=1.1, path_effects=casing, solid_capstyle='round')
+    draw_path(axes, x, y)
     for place, fill in ((0, 'white'), (-1, ACCENT)):
         axes.plot(x[place], y[place], 'o', ms=6, mfc=fill, mec=INK, mew=1.0, zorder=5)
     if not label:
@@ -217,7 +198,7 @@ def _calibration(axes, grids):
     """Set every error against the standard deviation predicted for it."""
     stddev = grids['stddev'].reshape(-1)
     error = (grids['mean'] - grids['readings']).reshape(-1)
-    _title(axes, 'Do the error bars hold?', 'each dot a reading held back from the node')
+    head(axes, 'Do the error bars hold?', 'each dot a reading held back from the node')
     low, high = stddev.min() / 1.2, stddev.max() * 1.3
     floor = low / 20
     line = np.array([low, high])
@@ -227,8 +208,8 @@ def _calibration(axes, grids):
     axes.plot(line, line, color=INK, lw=1.2)
     axes.plot(*calibration(error, stddev), 'o', ms=8, color=ACCENT, mec='white', mew=1.2, zorder=5)
     axes.set(xscale='log', yscale='log')
-    _plain_log_ticks(axes.xaxis)
-    _plain_log_ticks(axes.yaxis)
+    plain_log_ticks(axes.xaxis)
+    plain_log_ticks(axes.yaxis)
     axes.set_xlim(low, high)
     top = max(np.abs(error).max(), Z_90 * high)
     axes.set_ylim(floor, top * (top / floor) ** 0.2)  # room for the legend
@@ -251,7 +232,7 @@ def _history(error_axes, coverage_axes, report):
     """Show how error and coverage went while observations came in."""
     series = report['series']
     seconds = [row['seconds'] for row in series]
-    _title(error_axes, 'As observations come in', 'over the whole window')
+    head(error_axes, 'As observations come in', 'over the whole window')
     error_axes.plot(seconds, [row['rmse'] for row in series], color=BLUE, lw=2)
     error_axes.set_ylabel('RMSE of the mean [m]')
     error_axes.set_ylim(0, None)
@@ -266,13 +247,6 @@ def _history(error_axes, coverage_axes, report):
         axes.grid(color='#e5e7eb', lw=0.8)
         axes.spines[['top', 'right']].set_visible(False)
         axes.set_axisbelow(True)
-
-
-def _plain_log_ticks(axis):
-    """Label a logarithmic axis with plain numbers: 1, 2, 5, 10."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _fine(x, values):

@@ -6,7 +6,7 @@ from math import inf, log, pi, sqrt
 import numpy as np
 
 from cmanp_ros.core.errors import ConfigError, InputError
-from cmanp_ros.evaluation.optional import library
+from cmanp_ros.optional import library
 
 SMALLEST_NOISE = 1e-3  # [scale] keeps matrices positive definite where points repeat
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from cmanp_ros.core.errors import ConfigError
 from cmanp_ros.evaluation.kernels import Kernel, distances
-from cmanp_ros.evaluation.optional import library
+from cmanp_ros.optional import library
 
 JITTER = 1e-8  # [variance of the field]
 

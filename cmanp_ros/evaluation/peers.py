@@ -14,8 +14,8 @@ import numpy as np
 from cmanp_ros.core.errors import ConfigError
 from cmanp_ros.evaluation.kernels import Kernel, distances, fit
 from cmanp_ros.evaluation.local_basis import LocalBasisFilter
-from cmanp_ros.evaluation.optional import library
 from cmanp_ros.evaluation.sparse_gp import OnlineSparseGP, inducing_points
+from cmanp_ros.optional import library
 
 __all__ = [
     'KalmanGrid',

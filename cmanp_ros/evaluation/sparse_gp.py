@@ -3,7 +3,7 @@
 import numpy as np
 
 from cmanp_ros.evaluation.kernels import Kernel, distances
-from cmanp_ros.evaluation.optional import library
+from cmanp_ros.optional import library
 
 JITTER = 1e-8  # [variance of the field]
 

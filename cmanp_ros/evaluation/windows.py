@@ -11,8 +11,8 @@ from functools import cache
 
 import numpy as np
 
-from cmanp_ros.evaluation.optional import library
 from cmanp_ros.evaluation.tasks import Task
+from cmanp_ros.optional import library
 
 FILE = 'jacksboro_fault_dem.npz'
 STDDEV = 0.65  # of the heights of a window

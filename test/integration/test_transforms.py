@@ -16,7 +16,8 @@ from rclpy.context import Context
 from rclpy.node import Node
 
 from cmanp_ros.core.errors import TransformError
-from cmanp_ros.transforms import TransformListener, rotation_from_quaternion, transform_points
+from cmanp_ros.motion import rotation_from_quaternion, transform_points
+from cmanp_ros.transforms import TransformListener
 
 # A sensor at (10, 20, 30) m, turned by +90 degrees about z: its x axis is the map's y axis.
 QUARTER_TURN = (0.0, 0.0, np.sqrt(0.5), np.sqrt(0.5))

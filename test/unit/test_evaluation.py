@@ -8,10 +8,10 @@ from math import isnan, log, nan, pi
 import numpy as np
 import pytest
 
+from cmanp_ros import optional
 from cmanp_ros.core.errors import CMANPError, ConfigError, InputError
 from cmanp_ros.evaluation import (
     kernels,
-    optional,
     peers,
     robust,
     scores,

@@ -1,10 +1,13 @@
-"""Libraries that only evaluations use, imported when they are needed."""
+"""Libraries that only some commands use, imported when they are needed."""
 
 from importlib import import_module
 
 from cmanp_ros.core.errors import CMANPError
 
-DISTRIBUTIONS = {'matplotlib': 'matplotlib', 'scipy': 'scipy', 'sklearn': 'scikit-learn'}
+DISTRIBUTIONS = {
+    'sklearn': 'scikit-learn',
+    'distributed': "'dask[distributed]'",
+}  # module -> what pip calls it, where that is something else
 
 
 def library(name: str, purpose: str):
@@ -23,5 +26,6 @@ def library(name: str, purpose: str):
         if (error.name or '').split('.')[0] != top:
             raise
         raise CMANPError(
-            f'{purpose} needs {top}, which is not installed: pip install {DISTRIBUTIONS[top]}'
+            f'{purpose} needs {top}, which is not installed: '
+            f'pip install {DISTRIBUTIONS.get(top, top)}'
         ) from error
