@@ -1,5 +1,5 @@
 """
-What the node answers: predictions on the topic and the service, and the grids.
+What the node answers: predictions on the topic and the service.
 
     query or request -> targets -> transforms -> worker -> NeuralField.predict -> conversions
 """
@@ -8,26 +8,22 @@ import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 
-import numpy as np
-from nav_msgs.msg import OccupancyGrid
 from rclpy.qos import QoSProfile
-from sensor_msgs.msg import PointCloud2
-from visualization_msgs.msg import MarkerArray
 
-from cmanp_ros import conversions, visualization
+from cmanp_ros import conversions
 from cmanp_ros.core.errors import CMANPError, InputError
 from cmanp_ros.diagnostics import Latency
+from cmanp_ros.motion import transform_points
 from cmanp_ros.msg import Prediction, Query
-from cmanp_ros.qos import LATCHED, REQUESTS
+from cmanp_ros.qos import REQUESTS
 from cmanp_ros.srv import Predict
-from cmanp_ros.transforms import transform_points
 from cmanp_ros.worker import TIMEOUT_SEC
 
 MAX_WAITING = 64  # queries on the topic; beyond it new ones are refused
 
 
 class Answers:
-    """Answers queries and requests, and publishes the grids."""
+    """Answers queries and requests."""
 
     def __init__(self, node):
         """
@@ -36,25 +32,15 @@ class Answers:
         :param node: `CMANPNode`, configured.
         """
         self._node = node
-        self._published, self._publishing = None, None
         self._num_waiting = 0
         self._latency = Latency()
         self._prediction = node.open_publisher(Prediction, '~/prediction', QoSProfile(depth=10))
-        self._grids = {}
-        if node.field.model.config.dim_x == 2:
-            self._grids = {
-                'field': node.open_publisher(PointCloud2, '~/field', LATCHED),
-                'mean': node.open_publisher(OccupancyGrid, '~/mean', LATCHED),
-                'stddev': node.open_publisher(OccupancyGrid, '~/stddev', LATCHED),
-                'markers': node.open_publisher(MarkerArray, '~/markers', LATCHED),
-            }
 
     def open(self):
         """Open the inputs."""
         node = self._node
         node.open_subscription(Query, 'query', self._on_query, QoSProfile(depth=10))
         node.open_service(Predict, '~/predict', self._on_predict, node.answering, REQUESTS)
-        node.open_timer(node.parameters.publish_rate, self._publish_grids)
 
     @property
     def latency_sec(self) -> float | None:
@@ -164,44 +150,6 @@ class Answers:
         return conversions.prediction_message(
             mean, stddev, field.status(x), field.num_observations, self._node.header(), query_id
         )
-
-    # Grids ---------------------------------------------------------------------------------------
-
-    def _publish_grids(self):
-        """Publish the grids where somebody listens, if they changed or somebody new listens."""
-        wanted = [name for name, grid in self._grids.items() if grid.get_subscription_count()]
-        version = (self._node.fleet.version, tuple(wanted), self._node.parameters)
-        is_busy = self._publishing is not None and not self._publishing.done()
-        if not wanted or is_busy or version == self._published:
-            return
-        self._published = version
-        self._publishing = self._node.in_background(lambda: self._publish(wanted))
-
-    def _publish(self, names):
-        p = self._node.parameters
-        grid = visualization.grid_targets(*self._window(), p.grid_resolution)
-        mean, stddev = (value[:, 0] for value in self._node.fleet.combined.predict(grid.targets))
-        header = self._node.header()
-        make = {
-            'field': lambda: visualization.field_cloud(grid, mean, stddev, header),
-            'mean': lambda: visualization.occupancy_grid(grid, mean, *p.mean_range, header),
-            'stddev': lambda: visualization.occupancy_grid(grid, stddev, *p.stddev_range, header),
-            'markers': lambda: visualization.surface_markers(
-                grid, mean, stddev, p.stddev_range, header
-            ),
-        }
-        for name in names:
-            self._grids[name].publish(make[name]())
-
-    def _window(self):
-        """Return lower and upper corner [m] of the published grid."""
-        p = self._node.parameters
-        if not p.grid_window:
-            return p.bounds_min, p.bounds_max
-        # Cells stay where they are while the window moves.
-        center = self._node.intake.newest_x
-        lower = np.round((center - p.grid_window / 2) / p.grid_resolution) * p.grid_resolution
-        return lower, lower + p.grid_window
 
 
 def _pass_on(done: Future, result: Future):

@@ -8,13 +8,15 @@ beside it.
 
 import array
 import time
+from collections import Counter
 from concurrent.futures import TimeoutError as FutureTimeout
+from functools import partial
 
 from std_srvs.srv import SetBool, Trigger
 
 from cmanp_ros import maps
 from cmanp_ros.conversions import one_line
-from cmanp_ros.core.errors import CMANPError
+from cmanp_ros.core.errors import CMANPError, InputError
 from cmanp_ros.core.tiles import History
 from cmanp_ros.maps import Code, MapError, StateDirectory
 from cmanp_ros.msg import State
@@ -38,6 +40,16 @@ class Control:
         self._node = node
         p = node.parameters
         self.directory = StateDirectory(p.state_directory, p.map_frame)
+        if p.state_directory:
+            self.directory.check()
+            node.get_logger().info(f'maps are saved in {self.directory.folder}')
+        self.save_fault = ''
+        """Why the map was not saved by itself the last time; '' if it was."""
+        self.peer_fault = {}
+        """Topic -> why the newest map there was refused."""
+        self.num_refused = Counter()
+        """Reason -> maps of peers."""
+        self._continues_saved = False  # what is saved by itself is an earlier state of this map
         self._state = node.open_publisher(State, '~/state', LATCHED)
         self._saved_version = node.fleet.own.version
         self._forgotten_at = None  # [ns] of the node's clock
@@ -57,7 +69,7 @@ class Control:
         ):
             node.open_service(service_type, name, callback, node.controlling, REQUESTS)
         for topic in p.peers:
-            node.open_subscription(State, topic, self._on_peer, LATCHED)
+            node.open_subscription(State, topic, partial(self._on_peer, topic), LATCHED)
         node.open_timer(p.state_rate, self._publish_state)
         if p.half_life:
             self._forgotten_at = node.get_clock().now().nanoseconds
@@ -73,7 +85,7 @@ class Control:
         """
         Begin with the map of the parameter `restore`, before the worker runs.
 
-        :raises MapError: for a map that is there and cannot be used.
+        :raises MapError: for a map that cannot be used, or is not there (but for an autosave).
         """
         node, name = self._node, self._node.parameters.restore
         if not name:
@@ -82,13 +94,11 @@ class Control:
             node.get_logger().info(f"the store holds a map: '{name}' is not restored over it")
             return
         try:
-            self._replace(self.directory.load(name, node.fleet.own))
+            self._replace(name)
         except MapError as error:
-            if error.code != Code.NOT_FOUND:
+            if error.code != Code.NOT_FOUND or name != AUTOSAVE:
                 raise
             return node.get_logger().warning(f'nothing to restore, the map begins empty: {error}')
-        if name == AUTOSAVE:
-            self._saved_version = node.fleet.own.version
         node.get_logger().info(f"restored '{name}': {maps.summary(node.fleet.own)}")
 
     # Requests ------------------------------------------------------------------------------------
@@ -109,7 +119,7 @@ class Control:
 
     def begin_again(self):
         """Forget the map, on the worker's thread."""
-        intake = self._node.intake
+        intake, self._continues_saved = self._node.intake, False
         self._node.fleet.own.reset()
         intake.begin_again(intake.nothing_yet())
 
@@ -128,7 +138,7 @@ class Control:
 
     def _on_load(self, request, response):
         def load():
-            self._replace(self.directory.load(request.name, self._node.fleet.own))
+            self._replace(request.name)
             return f'loaded {maps.summary(self._node.fleet.own)}'
 
         return self._answer(response, load)
@@ -147,6 +157,11 @@ class Control:
         def undo():
             node = self._node
             taken, seconds = node.fleet.own.undo(request.seconds, time.monotonic())
+            if not seconds:
+                raise InputError(
+                    'nothing to take back: nothing was folded since the start, or since the last '
+                    'reset or load, beyond which no undo goes; load a saved map instead'
+                )
             for source in node.intake.sources.values():
                 source.admission.clear()  # what was taken back may come again
             response.num_taken_back, response.seconds = taken, seconds
@@ -157,9 +172,13 @@ class Control:
     def _on_publish_state(self, request, response):
         return self._answer(response, self._send_state)
 
-    def _replace(self, saved):
-        self._node.fleet.own.replace_with(saved.field)
+    def _replace(self, name):
+        own = self._node.fleet.own
+        saved = self.directory.load(name, own)
+        own.replace_with(saved.field)
         self._node.intake.begin_again(saved.provenance)
+        self._continues_saved = name == AUTOSAVE
+        self._saved_version = own.version if self._continues_saved else None
 
     def _answer(self, response, work, finish=lambda result: result):
         """
@@ -192,7 +211,8 @@ class Control:
             if hasattr(response, 'code') and not response.code:
                 response.code = int(Code.FAILED)
             message = one_line(message)
-            self._node.warn('request', f'request refused: {message}')
+            reason = f'{type(response).__name__}_{getattr(response, "code", "")}'
+            self._node.warn(reason, f'request refused: {message}')
         response.message = message
         return response
 
@@ -209,10 +229,17 @@ class Control:
             return self.directory.writer(node.fleet.own, AUTOSAVE, node.intake.provenance, True)
 
         try:
-            node.worker.ask(writer).result(TIMEOUT_SEC)()
-            self._saved_version = version
+            write = node.worker.ask(writer).result(TIMEOUT_SEC)
+            if not self._continues_saved and (aside := self.directory.set_aside(AUTOSAVE)):
+                node.get_logger().warning(
+                    f"'{AUTOSAVE}' is of another map, which was not restored, or was reset or "
+                    f"replaced: it is kept as '{aside}'"
+                )
+            write()
+            self._continues_saved, self._saved_version, self.save_fault = True, version, ''
         except (CMANPError, FutureTimeout) as error:
-            node.warn('autosave', f'not saved by itself, the map is safe in memory: {error!r}')
+            self.save_fault = str(error) or f'overloaded for {TIMEOUT_SEC:g} s'
+            node.warn('autosave', f'not saved by itself, it is in memory only: {self.save_fault}')
 
     def _mark(self):
         """Let ~/undo go back to this moment."""
@@ -254,15 +281,18 @@ class Control:
         self._state.publish(message)
         return f'published {sent.num_observations} observations, {len(sent.data)} bytes'
 
-    def _on_peer(self, message):
+    def _on_peer(self, topic, message):
         node = self._node
 
         def receive():
             received = node.fleet.receive(message.robot, message.sequence, bytes(message.data))
             if received.reason is None:
+                self.peer_fault.pop(topic, None)
                 node.get_logger().debug(received.text)
             elif received.reason not in ('own', 'old'):
-                node.warn(f'peer_{received.reason}', received.text)
+                self.num_refused[received.reason] += 1
+                self.peer_fault[topic] = one_line(received.text)
+                node.warn(f'{topic}_{received.reason}', received.text)
 
         node.in_background(receive)
 

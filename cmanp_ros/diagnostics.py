@@ -56,7 +56,7 @@ class CounterSnapshot(Counts):
         """
         List the counters for a status message.
 
-        :param prefix: put before each key, such as 'points_'.
+        :param prefix: put before each key, such as ``points_``.
         :return: key -> number; a key 'rejected_<reason>' for each reason that occurred.
         """
         rejected = {
@@ -218,7 +218,7 @@ def counts_from_status(status: DiagnosticStatus, prefix: str = '') -> Counts:
     Read the counters that a node wrote into its status with `CounterSnapshot.values`.
 
     :param status: diagnostic_msgs/DiagnosticStatus, from any version of the node.
-    :param prefix: as they were written with, such as 'points_'.
+    :param prefix: as they were written with, such as ``points_``.
     :return: counters; what is not there, or no number, is 0.
     """
     numbers = {pair.key: int(pair.value) for pair in status.values if pair.value.isdecimal()}

@@ -20,6 +20,7 @@ from cmanp_ros.core.errors import (
     StateMismatchError,
 )
 from cmanp_ros.core.lattice import geometry
+from cmanp_ros.core.tiles import keys_of
 from cmanp_ros.store import TileStore
 
 OK, OUTSIDE, NOT_FINITE = 0, 1, 2  # status of a target, as in Prediction.msg
@@ -155,6 +156,14 @@ class NeuralField:
         return len(self.world.tiles)
 
     @property
+    def tile_size(self) -> float:
+        """Spacing of the finest tiles [m], or what it would be instead of one tile."""
+        if isinstance(self.geometry, OneTile):
+            sides = np.subtract(self.geometry.upper, self.geometry.lower)
+            return float(max(sides)) / TILES_PER_SIDE
+        return self.geometry.tile_size
+
+    @property
     def num_tiles_in_memory(self) -> int:
         """Tiles in memory, at most `max_tiles`."""
         return self.world.tiles.num_in_memory
@@ -173,6 +182,18 @@ class NeuralField:
     def tile_nbytes(self) -> int:
         """Size of the state of one tile [bytes]: the same whatever was folded into it."""
         return self.model.init_state(1).nbytes
+
+    def in_chunks(self, x, size: int) -> list[np.ndarray]:
+        """
+        Split points so that those of a chunk share tiles: scattered ones fold many times faster.
+
+        :param x: (n, dim_x) [m].
+        :return: indices of at most `size` points each.
+        """
+        if len(x) <= size:
+            return [np.arange(len(x))] if len(x) else []
+        order = self.geometry.order(torch.as_tensor(np.asarray(x, np.float64))).numpy()
+        return np.split(order, range(size, len(order), size))
 
     def observe(self, x, y) -> Observed:
         """
@@ -418,6 +439,31 @@ class NeuralField:
         x = _as_matrix(x, self.model.config.dim_x, 'x')
         status = np.where(self._contains(x), OK, OUTSIDE)
         return np.where(np.isfinite(x).all(-1), status, NOT_FINITE).astype(np.uint8)
+
+    def is_known(self, x) -> np.ndarray:
+        """
+        Tell where something was observed: where one of the finest tiles holds data, (n,) bool.
+
+        :param x: (n, dim_x) [m], finite.
+        """
+        cover = self.geometry.cover(self._tensor(_as_matrix(x, self.model.config.dim_x, 'x')), 0)
+        keys, tile = cover.key.cpu().unique(dim=0, return_inverse=True)
+        holds_data = torch.tensor([key in self.world.tiles for key in keys_of(keys)])
+        known = np.zeros(len(x), bool)
+        known[cover.index.cpu()[holds_data[tile]].numpy()] = True
+        return known
+
+    def tiles_in_memory(self, level=0) -> np.ndarray:
+        """
+        Return lower and upper corner [m] of the tiles in memory, (tiles, 2, dim_x).
+
+        :param level: 0 is the finest.
+        """
+        keys = [key[1:] for key in self.world.tiles.keys_in_memory if key[0] == level]
+        if isinstance(self.geometry, OneTile):
+            return np.array([[self.geometry.lower, self.geometry.upper] for _ in keys])
+        index = np.array(keys).reshape(len(keys), self.geometry.dim_x)
+        return np.stack([index, index + 2], axis=1) * self.geometry.spacing(level)
 
     def predict(self, x) -> tuple[np.ndarray, np.ndarray]:
         """

@@ -51,10 +51,11 @@ def look_at_clock(node, seen_nanoseconds: int | None = None) -> ClockView:
     )
 
 
-def node_names(node) -> list[str]:
-    """Return the full names of all nodes, sorted."""
+def node_names(node, unique: bool = True) -> list[str]:
+    """Return the full names of all nodes, sorted; each once, or as often as nodes have it."""
     found = node.get_node_names_and_namespaces()
-    return sorted({full_name(namespace, name) for name, namespace in found})
+    names = sorted(full_name(namespace, name) for name, namespace in found)
+    return list(dict.fromkeys(names)) if unique else names
 
 
 def subscriptions(node, reader: str) -> dict[str, tuple[str, QoSProfile]]:
@@ -87,11 +88,18 @@ def _publisher(info, qos: QoSProfile) -> Publisher:
     offered = info.qos_profile
     policies = (offered.reliability.name, offered.durability.name)
     return Publisher(
-        node=full_name(info.node_namespace, info.node_name),
+        node=_somebody(info),
         type=info.topic_type,
         qos=', '.join(policies).replace('_', ' ').lower(),
         conflict=_conflict(offered, qos),
     )
+
+
+def _somebody(info) -> str:
+    """Name who publishes, as soon as it is discovered."""
+    if 'UNKNOWN' in info.node_name:  # _NODE_NAME_UNKNOWN_, by rmw
+        return 'a node that is not yet known by name'
+    return full_name(info.node_namespace, info.node_name)
 
 
 def _conflict(offered: QoSProfile, asked: QoSProfile) -> str:
@@ -106,10 +114,19 @@ def _conflict(offered: QoSProfile, asked: QoSProfile) -> str:
 
 def _similar(node, topic: str, type: str, reader: str) -> tuple[str, ...]:
     """Find topics of the type that somebody else publishes, the most similar name first."""
+    topics = node.get_topic_names_and_types()
+    maps = {  # what another map predicts is no observation
+        name.removesuffix('prediction')
+        for name, types in topics
+        if 'cmanp_ros/msg/Prediction' in types
+    }
     found = [
         name
-        for name, types in node.get_topic_names_and_types()
-        if name != topic and type in types and _is_published(node, name, type, reader)
+        for name, types in topics
+        if name != topic
+        and type in types
+        and not name.startswith(tuple(maps))
+        and _is_published(node, name, type, reader)
     ]
     found.sort(key=lambda name: -difflib.SequenceMatcher(None, topic, name).ratio())
     return tuple(found[:_NUM_SIMILAR])

@@ -52,6 +52,8 @@ STATES = {
     # A node that works.
     'overloaded': Level.WARN,
     'tiles_dropped': Level.WARN,
+    'not_saved': Level.ERROR,
+    'peer_refused': Level.ERROR,
     'overconfident': Level.WARN,
     'underconfident': Level.WARN,
     'idle': Level.OK,
@@ -255,6 +257,7 @@ class Snapshot:
     :ivar node: full name.
     :ivar lifecycle: 'unconfigured', 'inactive', 'active', ...; None: no such node is there;
         '': it is there and does not answer.
+    :ivar num_alike: nodes of this very name.
     :ivar others: other nodes of this kind, full names.
     :ivar points: lately, of all sources, see `Recent`.
     :ivar num_folded: observations in the map.
@@ -264,10 +267,13 @@ class Snapshot:
     :ivar num_dropped: messages that a full queue pushed out lately.
     :ivar latency_sec: [s] from receiving a message to having it folded.
     :ivar tiles_dropped: lost because they fit neither into memory nor into a store.
+    :ivar save_fault: why autosave failed the last time; '' if it did not.
+    :ivar peer_fault: topic -> why the newest map of a peer there was refused.
     """
 
     node: str = '/cmanp'
     lifecycle: str | None = 'active'
+    num_alike: int = 1
     others: tuple[str, ...] = ()
     paused: bool = False
     sources: tuple[Source, ...] = ()
@@ -281,6 +287,8 @@ class Snapshot:
     num_dropped: int = 0
     latency_sec: float | None = None
     tiles_dropped: int = 0
+    save_fault: str = ''
+    peer_fault: Mapping[str, str] = dataclasses.field(default_factory=dict)
     coverage: Coverage | None = None
 
 
@@ -325,7 +333,7 @@ def judge_source(source: Source, snapshot: Snapshot) -> Verdict | None:
             'wrong_type',
             f"'{view.topic}' carries {found} from {_listed(p.node for p in view.publishers)}, "
             f'and source {source.name} takes {view.type}',
-            f'set {source.name}.type to what is published{elsewhere}',
+            f'{_conversion(source)}{elsewhere}',
         )
     if not view.usable:
         return _judge_qos(source)
@@ -495,6 +503,15 @@ def _judge_working(s: Snapshot) -> Verdict:
             'no store',
             'set store to a file, or raise max_tiles',
         )
+    if s.save_fault:
+        return _verdict(
+            'not_saved',
+            f'the map is in memory only, autosave failed: {s.save_fault}',
+            'make room or make state_directory writable; it is tried again each autosave_period',
+        )
+    if s.peer_fault:
+        topic, text = next(iter(s.peer_fault.items()))
+        return _verdict('peer_refused', f"the newest map on '{topic}' was refused", text)
     if s.coverage is not None and s.coverage.num_points >= ENOUGH_POINTS:
         within = f'{s.coverage.within_90:.0%} of new observations lie in the 90 % interval'
         if s.coverage.within_90 < WITHIN_90[0]:
@@ -520,7 +537,8 @@ def _with_notes(verdict: Verdict, s: Snapshot, troubles: Mapping[str, Verdict | 
         notes['clock'] = clock
     if not notes:
         return verdict
-    listed = f'besides, {"; ".join(f"{name}: {note.what}" for name, note in notes.items())}'
+    said = {name: n.text if n.level == Level.ERROR else n.what for name, n in notes.items()}
+    listed = f'besides, {"; ".join(f"{name}: {text}" for name, text in said.items())}'
     is_error = any(note.level == Level.ERROR for note in notes.values())
     level = max(verdict.level, Level.WARN) if is_error else verdict.level
     if verdict.way_out:
@@ -528,11 +546,27 @@ def _with_notes(verdict: Verdict, s: Snapshot, troubles: Mapping[str, Verdict | 
     return dataclasses.replace(verdict, level=level, what=f'{verdict.what}; {listed}')
 
 
+def _conversion(source: Source) -> str:
+    """Say how to use messages of another type."""
+    found = {publisher.type for publisher in source.view.publishers}
+    if 'sensor_msgs/msg/LaserScan' in found:
+        return 'convert it to sensor_msgs/msg/PointCloud2 (package laser_geometry)'
+    if found & {'sensor_msgs/msg/PointCloud2', 'cmanp_ros/msg/Observations'}:
+        return f'set {source.name}.type to what is published'
+    return (
+        f'set {source.name}.type to what is published, and {source.name}.value_field to where in '
+        'it the value is, which counts for the origin of its frame'
+    )
+
+
 def _other_topic(source: Source) -> str:
     """Say how to get messages of the type from elsewhere."""
     given, similar = source.given_topic or source.name, source.view.similar
     if not similar:
-        return f'start what publishes it, or set {source.name}.topic'
+        return (
+            f"start what publishes '{source.view.topic}', set {source.name}.topic, or leave "
+            f'{source.name} out of sources'
+        )
     others = f' (so do {_listed(similar[1:])})' if similar[1:] else ''
     return f'remap {given}:={similar[0]}, which carries this type{others}'
 

@@ -15,14 +15,15 @@ from rclpy.qos_overriding_options import QoSOverridingOptions
 from std_msgs.msg import Header
 
 from cmanp_ros import conversions, qos
-from cmanp_ros.admission import Admission, RateLimit
+from cmanp_ros.admission import Admission, RateLimit, thin
 from cmanp_ros.conversions import MessageError
 from cmanp_ros.core.errors import InputError
 from cmanp_ros.diagnostics import Counters, CounterSnapshot, Latency
 from cmanp_ros.maps import Provenance
+from cmanp_ros.planning import Track
 from cmanp_ros.sources import reader_for
-from cmanp_ros.transforms import transform_points
 
+MAX_AHEAD_SEC = 10.0  # of stamps, before the node's own time is taken in their place
 MAX_CALIBRATED = 32  # points of a message that are predicted before they are folded
 
 
@@ -89,6 +90,13 @@ class Batch:
         """Stamp of the message [ns]."""
         return conversions.nanoseconds_from_stamp(self.header.stamp)
 
+    @property
+    def in_map(self) -> tuple[np.ndarray, np.ndarray]:
+        """X (n, dim_x) and y (n, dim_y) in the map frame."""
+        if self.transform is None:
+            return self.x, self.y
+        return self.source.reader.in_map(self.x, self.y, self.value_is_height, *self.transform)
+
 
 class Intake:
     """All sources of a node. Messages come from the executor's thread, `fold` is the worker's."""
@@ -108,6 +116,8 @@ class Intake:
         self.newest_stamp = 0
         """[ns] of the observations since the clock last began; 0 before the first."""
         self.newest_x = np.add(node.parameters.bounds_min, node.parameters.bounds_max) / 2
+        self.track = Track(2 * node.parameters.grid_resolution)
+        """Where the sensors were; for points in the map frame, the middle of their message."""
         self.paused = False
         self.folded_at = None  # [s] of the monotonic clock
         self._latency = Latency()
@@ -149,6 +159,16 @@ class Intake:
         self.provenance = self.provenance.observed(oldest_stamp, newest_stamp)
         self.newest_stamp = max(self.newest_stamp, newest_stamp)
 
+    def _not_in_future(self, stamp):
+        """
+        Return a stamp [ns], or the time now if it is far beyond.
+
+        What is published bears the newest stamp: one wrong clock must not be the newest for ever.
+        """
+        now = self._node.get_clock().now().nanoseconds
+        is_ahead = now > 0 and stamp > now + MAX_AHEAD_SEC * 1e9  # 0: simulated, not yet begun
+        return now if is_ahead else stamp
+
     def begin_again(self, provenance: Provenance | None = None):
         """
         Forget what was thinned, waits or is being folded.
@@ -165,6 +185,7 @@ class Intake:
         self.newest_stamp = 0
         if provenance is not None:
             self.provenance, self.newest_stamp = provenance, provenance.newest_stamp
+        self.track.clear()
         for source in self.sources.values():
             source.admission.clear()
 
@@ -231,24 +252,27 @@ class Intake:
         """Fold one message, a chunk at a time: an iterator, see `Worker`."""
         source, waiting = batch.source, len(batch.x)
         try:
-            x, y = self._to_map(batch)
+            x, y = batch.in_map
             good = self._admitted(source, batch.stamp, x, y)
             x, y = x[good], y[good]
             waiting = len(x)
-            step = self._node.parameters.chunk_size
-            for start in range(0, len(x), step):
+            if batch.transform is not None:
+                self.track.add(batch.transform[1][: x.shape[1]])
+            elif waiting:
+                self.track.add(x.mean(0))
+            for chunk in self._node.field.in_chunks(x, self._node.parameters.chunk_size):
                 if batch.num_resets != self._num_resets:
                     return self._clear(batch, waiting)
-                chunk = slice(start, start + step)
                 self._calibrate(x[chunk], y[chunk])
                 self._node.fleet.own.mark(time.monotonic())
                 observed = self._node.fleet.observe(x[chunk], y[chunk])
-                waiting -= len(x[chunk])
+                waiting -= len(chunk)
                 source.points.fold(observed.folded)
                 self._reject_points(source, observed.rejected)
                 if observed.folded:
-                    self.observed(batch.stamp, batch.stamp)
-                    self.newest_x = x[chunk][-1]
+                    stamp = self._not_in_future(batch.stamp)
+                    self.observed(stamp, stamp)
+                    self.newest_x = x[-1]
                 yield
             source.messages.fold()
             self.folded_at = time.monotonic()
@@ -258,25 +282,14 @@ class Intake:
         except Exception as error:  # a fault of ours or of torch must not end the node
             self._refuse(batch, 'internal_error', waiting, repr(error))
 
-    def _to_map(self, batch):
-        """Return x (n, dim_x) and y in the map frame."""
-        if batch.transform is None:
-            return batch.x, batch.y
-        x = transform_points(batch.x, *batch.transform)
-        y = batch.source.reader.scaled(x[:, 2:]) if batch.value_is_height else batch.y
-        return x[:, : self._node.field.model.config.dim_x], y
-
     def _admitted(self, source, stamp, x, y):
         """Return which points take part, (n,) bool: those that are finite, after thinning."""
         p = self._node.parameters.source(source.name)
-        finite = np.isfinite(x).all(1) & np.isfinite(y).all(1)
-        self._reject_points(source, {'not_finite': int((~finite).sum())})
         source.admission.voxel_size = p.voxel_size
         source.admission.revisit_interval = p.revisit_interval
-        admitted = source.admission.admit(x[finite], stamp * 1e-9)
-        self._reject_points(source, {'thinned': int((~admitted).sum())})
-        finite[finite] = admitted
-        return finite
+        good, rejected = thin(source.admission, x, y, stamp * 1e-9)
+        self._reject_points(source, rejected)
+        return good
 
     def _calibrate(self, x, y):
         """Every now and then compare new observations with what was predicted for them."""
@@ -327,6 +340,6 @@ _REASONS = {
     'not_finite': 'NaN or infinite location or value',
     'too_near': 'nearer to the sensor than min_range',
     'out_of_range': 'no echo between min_range and max_range (REP 117)',
-    'outside_workspace': 'outside bounds_min and bounds_max',
+    'outside_workspace': 'outside bounds_min and bounds_max (one_tile), or absurdly far away',
     'value_out_of_range': 'absurdly far from value_offset; set value_offset and value_scale',
 }

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +20,11 @@ import cmanp_ros
 from cmanp_ros import checkpoint
 from cmanp_ros.core.errors import CheckpointError, CMANPError, StateMismatchError
 from cmanp_ros.field import NeuralField
+from cmanp_ros.parameters import NodeParameters
 
 NAME = re.compile(r'[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}')
+NUM_ASIDE = 8  # maps that are set aside
+_TIME = f'{"[0-9]" * 8}T{"[0-9]" * 6}.{"[0-9]" * 6}'
 MAX_BYTES = 1 << 32  # of a map that is loaded: about 60,000 tiles
 
 
@@ -79,6 +83,38 @@ class SavedMap(NamedTuple):
     field: NeuralField
     """In memory; to be taken over by `replace_with` or `merge`."""
     provenance: Provenance
+
+
+def empty_map(parameters: NodeParameters) -> NeuralField:
+    """
+    Make the map of a node, empty unless its store holds one.
+
+    :raises CheckpointError: for a model that cannot be used.
+    :raises ConfigError: for bounds, units or a device that cannot be used.
+    """
+    p = parameters
+    return NeuralField.load(
+        p.checkpoint,
+        (p.bounds_min, p.bounds_max),
+        p.device,
+        p.value_offset,
+        p.value_scale,
+        p.half_life or None,
+        tile_size=p.tile_size or None,
+        one_tile=p.one_tile,
+        max_tiles=p.max_tiles,
+        store=p.store or None,
+        undo_window_sec=p.undo_window or None,
+    )
+
+
+def save(field: NeuralField, path, provenance: Provenance) -> Path:
+    """
+    Write a map to a file, as a node does and can load it.
+
+    :raises OSError: when it cannot be written; what was there still is.
+    """
+    return checkpoint.save_map(path, *field.exported(**_extra(field, provenance)))
 
 
 def to_bytes(field: NeuralField, provenance: Provenance) -> bytes:
@@ -143,6 +179,11 @@ class StateDirectory:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 checkpoint.remove_leftovers(self._folder)
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the maps are; None: nowhere."""
+        return self._folder
+
     def names(self) -> list[str]:
         """Return the names of the maps that are there."""
         if self._folder is None:
@@ -171,10 +212,7 @@ class StateDirectory:
         :raises MapError: as `save`; so does what is returned.
         """
         path = self._path(name)
-        if not os.access(self._folder, os.W_OK | os.X_OK):
-            raise MapError(
-                Code.NO_DIRECTORY, f'state_directory {self._folder} is not writable: make it so'
-            )
+        self.check()
         if os.path.lexists(path) and not overwrite:
             raise MapError(
                 Code.EXISTS,
@@ -192,6 +230,44 @@ class StateDirectory:
                 ) from error
 
         return write
+
+    def check(self):
+        """
+        See whether maps can be saved.
+
+        :raises MapError: with the code NO_DIRECTORY.
+        """
+        self._check_folder()
+        if not os.access(self._folder, os.W_OK | os.X_OK):
+            raise MapError(
+                Code.NO_DIRECTORY, f'state_directory {self._folder} is not writable: make it so'
+            )
+
+    def set_aside(self, name: str) -> str | None:
+        """
+        Keep a map also as '<name>-<time>', so that another map may take its name.
+
+        Of those set aside the `NUM_ASIDE` newest stay.
+
+        :return: the other name; None when there is no such map.
+        :raises MapError: with the code BAD_NAME, NO_DIRECTORY or FAILED.
+        """
+        path = self._path(name)
+        try:
+            written = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
+            aside = path.with_stem(f'{name}-{written:%Y%m%dT%H%M%S.%f}')
+            if not aside.exists():
+                os.link(path, aside)  # the old name stays until a new map takes it, whole
+            earlier = sorted(self._folder.glob(f'{name}-{_TIME}.safetensors'))
+            for old in earlier[:-NUM_ASIDE]:
+                old.unlink()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise MapError(
+                Code.FAILED, f'the map {name!r} cannot be set aside ({error}): nothing was saved'
+            ) from error
+        return aside.stem
 
     def load(self, name: str, field: NeuralField) -> SavedMap:
         """
@@ -211,6 +287,10 @@ class StateDirectory:
                 f'name {name!r}: expected 1 to 64 of the characters A-Z a-z 0-9 _ . - and no dot '
                 'in front; no path',
             )
+        self._check_folder()
+        return self._folder / f'{name}.safetensors'
+
+    def _check_folder(self):
         if self._folder is None:
             raise MapError(
                 Code.NO_DIRECTORY, 'state_directory is not set: give the folder for saved maps'
@@ -220,7 +300,6 @@ class StateDirectory:
                 Code.NO_DIRECTORY,
                 f'state_directory {self._folder} is no folder and could not be made: make it',
             )
-        return self._folder / f'{name}.safetensors'
 
     def _content(self, name):
         path = Path(os.path.realpath(self._path(name)))

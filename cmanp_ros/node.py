@@ -1,7 +1,10 @@
 """
 The ROS 2 node: wiring only.
 
+::
+
     observations -> intake -> worker -> map <- worker <- answers <- queries, requests
+                                         |- views -> grids, markers
                                          ^- control: pause, reset, save, load, merge, undo, peers
 """
 
@@ -25,10 +28,12 @@ from cmanp_ros import conversions, parameters
 from cmanp_ros.answers import Answers
 from cmanp_ros.control import Control
 from cmanp_ros.core.errors import CMANPError, ConfigError
+from cmanp_ros.displays import Displays
 from cmanp_ros.field import NeuralField
 from cmanp_ros.fleet import Fleet
 from cmanp_ros.health import Calibration
 from cmanp_ros.intake import Intake
+from cmanp_ros.maps import empty_map
 from cmanp_ros.status import Status
 from cmanp_ros.transforms import TransformListener
 from cmanp_ros.worker import Worker
@@ -63,7 +68,7 @@ class CMANPNode(LifecycleNode):
         self._inputs, self._outputs, self._is_open = [], [], False
         self._jump_handle = None
         self.fleet = self.worker = self.transforms = None
-        self.intake = self.answers = self.control = self.status = None
+        self.intake = self.answers = self.displays = self.control = self.status = None
 
     @property
     def field(self) -> NeuralField | None:
@@ -79,12 +84,13 @@ class CMANPNode(LifecycleNode):
         self.calibration = Calibration()
         try:
             torch.set_num_threads(p.num_threads)
-            self.fleet = Fleet(self._load_field(), p.map_frame)
+            self.fleet = Fleet(empty_map(p), p.map_frame)
             self.field.warm_up(np.array([p.bounds_min]))
             self.transforms = TransformListener(self, p.tf_timeout, p.map_frame, p.max_pending)
             self.intake = Intake(self)
             self.worker = Worker(self.intake.fold, p.queue_size)
-            self.answers, self.control = Answers(self), Control(self)
+            self.answers, self.displays = Answers(self), Displays(self)
+            self.control = Control(self)
             self.control.restore()
         except CMANPError as error:
             self.get_logger().error(f'cannot configure: {error}')
@@ -103,27 +109,12 @@ class CMANPNode(LifecycleNode):
             )
         return TransitionCallbackReturn.SUCCESS
 
-    def _load_field(self):
-        p = self.parameters
-        return NeuralField.load(
-            p.checkpoint,
-            (p.bounds_min, p.bounds_max),
-            p.device,
-            p.value_offset,
-            p.value_scale,
-            p.half_life or None,
-            tile_size=p.tile_size or None,
-            one_tile=p.one_tile,
-            max_tiles=p.max_tiles,
-            store=p.store or None,
-            undo_window_sec=p.undo_window or None,
-        )
-
     def on_activate(self, state):
         """Open the inputs and start the timers."""
         self._is_open = True
         self.intake.open()
         self.answers.open()
+        self.displays.open()
         self.control.open()
         self.status.open()
         self._jump_handle = self.get_clock().create_jump_callback(
@@ -144,6 +135,7 @@ class CMANPNode(LifecycleNode):
         """Free the model and the map; what autosave has not saved yet is saved."""
         self._close_inputs()
         if self.status is not None and self.parameters.autosave_period:
+            self.get_logger().info('saving the map before the end: do not kill')
             self.control.autosave()
         self._close(self._outputs)
         if self.worker is not None:
@@ -153,7 +145,7 @@ class CMANPNode(LifecycleNode):
         if self.fleet is not None:
             self.fleet.own.close()
         self.fleet = self.worker = self.transforms = None
-        self.intake = self.answers = self.control = self.status = None
+        self.intake = self.answers = self.displays = self.control = self.status = None
         return TransitionCallbackReturn.SUCCESS
 
     def on_shutdown(self, state):

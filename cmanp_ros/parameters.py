@@ -2,8 +2,8 @@
 Two tables declare every parameter, those of the node and those of one source of observations.
 
 A row has type, default, range, unit and text; the rows are the fields of `NodeParameters` and of
-`SourceParameters`. The node's declarations, config/cmanp.yaml and the tables in README.md are made
-from them, and nothing here needs ROS until `declare` is called.
+`SourceParameters`. The node's declarations, config/cmanp.yaml and the tables in docs/parameters.md
+are made from them, and nothing here needs ROS until `declare` is called.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import math
 import numbers
+import os
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
@@ -296,6 +297,23 @@ class NodeParameters:
         'field units',
         read_only=False,
     )
+    num_views: int = _parameter(
+        5, 'Places that ~/next_best_view proposes to measure next.', 'places', 0, 100
+    )
+    costmap: str = _parameter(
+        '',
+        'Topic of a costmap in map_frame, such as /global_costmap/costmap, whose obstacles '
+        '~/next_best_view leaves out; empty: every cell within the bounds can be reached.',
+    )
+    view_distance_weight: float = _parameter(
+        0.1,
+        'How much ~/next_best_view prefers what is near the robot: k tiles away the standard '
+        'deviation counts exp(-k * view_distance_weight) of itself; 0: the way does not matter.',
+        'per tile_size',
+        0.0,
+        1e6,
+        read_only=False,
+    )
     tf_timeout: float = _parameter(
         0.2,
         'How long to wait for the transform at the stamp of a message.',
@@ -319,7 +337,9 @@ class NodeParameters:
         0.0, 'How often the map is saved to state_directory; 0: only on request.', 's', 0.0, 1e6
     )
     restore: str = _parameter(
-        '', 'Name of the saved map to begin with; empty: begin with an empty map.'
+        '',
+        "Name of the saved map to begin with, which must be there ('autosave': if it is there); "
+        'empty: begin with an empty map.',
     )
     undo_window: float = _parameter(
         0.0, 'How far back ~/undo reaches; 0: nothing is kept to undo.', 's', 0.0, 1e6
@@ -357,6 +377,8 @@ class NodeParameters:
         """
         for spec in TABLE:
             object.__setattr__(self, spec.name, spec.checked(getattr(self, spec.name)))
+        for name in ('checkpoint', 'store', 'state_directory'):
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         given = {source.name: source for source in self.source_parameters}
         in_order = tuple(given.get(name) or SourceParameters(name) for name in self.sources)
         object.__setattr__(self, 'source_parameters', in_order)
@@ -497,7 +519,7 @@ def changed(parameters: NodeParameters, values: Mapping[str, Any]) -> NodeParame
     :return: validated parameters.
     :raises ConfigError: an unknown name, one that is read-only, or values that cannot be used.
     """
-    values = _without_those_of_ros(values)
+    values = without_those_of_ros(values)
     check_names(values, parameters.sources)
     for spec, value in rows(parameters):
         if spec.name in values and spec.read_only:
@@ -567,7 +589,7 @@ def declare(node) -> NodeParameters:
     :return: validated parameters.
     :raises ConfigError: an unknown name, or values that cannot be used.
     """
-    overrides = _without_those_of_ros(node._parameter_overrides)
+    overrides = without_those_of_ros(node._parameter_overrides)
     parameters = parameters_from({name: given.value for name, given in overrides.items()})
     for spec, value in rows(parameters):
         value = list(value) if isinstance(value, tuple) else value
@@ -600,7 +622,7 @@ def default_yaml() -> str:
 
 def markdown_table(table: tuple[ParameterSpec, ...] = TABLE) -> str:
     """
-    Render a table of README.md.
+    Render a table of docs/parameters.md.
 
     :param table: `TABLE`, or `SOURCE_TABLE`.
     :return: a Markdown table, one row per parameter.
@@ -622,7 +644,7 @@ def markdown_table(table: tuple[ParameterSpec, ...] = TABLE) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def _without_those_of_ros(values: Mapping[str, Any]) -> dict[str, Any]:
+def without_those_of_ros(values: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out the parameters that ROS declares itself."""
     return {
         name: value
@@ -684,6 +706,8 @@ def _check_together(parameters: NodeParameters) -> None:
             )
     for topic in parameters.peers:
         _check_topic('peers', topic)
+    if parameters.costmap:
+        _check_topic('costmap', parameters.costmap)
     for name in ('restore', 'autosave_period'):
         if getattr(parameters, name) and not parameters.state_directory:
             raise ConfigError(

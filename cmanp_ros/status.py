@@ -49,7 +49,7 @@ class Status:
             else:
                 node.get_logger().warning(str(verdict))
         status = status_message(
-            f'{node.get_name()}: field', int(verdict.level), str(verdict), self._values(snapshot)
+            f'{node.get_name()}: field', int(verdict.level), str(verdict), self.values(snapshot)
         )
         self._status.publish(status)
         self._diagnostics.publish(array_message([status], node.get_clock().now().to_msg()))
@@ -79,6 +79,8 @@ class Status:
             num_dropped=sum(counts.dropped for counts in recent.values()),
             latency_sec=intake.latency_sec,
             tiles_dropped=node.field.num_tiles_dropped,
+            save_fault=node.control.save_fault,
+            peer_fault=dict(node.control.peer_fault),
             coverage=node.calibration.coverage(),
         )
 
@@ -99,7 +101,7 @@ class Status:
             age_sec=age,
         )
 
-    def _values(self, snapshot):
+    def values(self, snapshot) -> dict:
         """Return the numbers beside the words."""
         node = self._node
         points, messages = node.intake.totals()
@@ -118,6 +120,7 @@ class Status:
             'answer_latency_sec': node.answers.latency_sec,
             'queue_length': snapshot.queue_length,
             'peers': len(node.fleet.peers),
+            **{f'peers_refused_{key}': n for key, n in dict(node.control.num_refused).items()},
             'clock_jumps': node.num_clock_jumps,
             **{f'calibration_{name}': value for name, value in (coverage or {}).items()},
             **points.values('points_'),

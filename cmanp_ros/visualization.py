@@ -1,31 +1,33 @@
 """
-Predictive distribution on a grid -> RViz messages; pure functions, and every number is finite.
+Predictive distribution on a grid -> clouds and grids; pure functions, every number is finite.
 
 RViz scales colors by the extremes of a channel, so one infinity would flatten them all: cells
-without a finite mean and stddev are left out (clouds, surfaces) or unknown (occupancy grids).
+without a finite mean and stddev are left out (clouds) or unknown (occupancy grids). Only grid maps
+have NaN, which is their word for unknown. Markers are in `markers`.
+
+The types of ROS are imported by what makes messages: grids and colors are there without ROS.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from geometry_msgs.msg import Point
-from nav_msgs.msg import OccupancyGrid
-from sensor_msgs.msg import PointCloud2
-from std_msgs.msg import ColorRGBA, Header
-from visualization_msgs.msg import Marker, MarkerArray
 
-from cmanp_ros.conversions import cloud_from_points, int8_array
+from cmanp_ros.conversions import cloud_from_points, float_array, int8_array
 from cmanp_ros.core.errors import ConfigError, InputError
 
+if TYPE_CHECKING:
+    from geometry_msgs.msg import PoseArray
+    from nav_msgs.msg import OccupancyGrid
+    from sensor_msgs.msg import PointCloud2
+    from std_msgs.msg import Float32MultiArray, Header
+
+NUM_COLORS = 256
 _UNKNOWN = -1
-_NUM_COLORS = 256
-_NUM_LABELS = 5
-_NUM_BAR_ROWS = 33
-_NUM_LINES = 20  # across the longer side of the surface
 # Seventeen equally spaced colors of viridis (CC0): perceptually uniform, safe for the color-blind.
 _VIRIDIS = (
     '440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c '
@@ -54,6 +56,11 @@ class Grid:
     def num_cells(self) -> int:
         """Count the cells."""
         return self.width * self.height
+
+    @property
+    def upper(self) -> np.ndarray:
+        """(x, y) of the upper right corner [m]."""
+        return np.array(self.origin) + self.resolution * np.array([self.width, self.height])
 
     @property
     def targets(self) -> np.ndarray:
@@ -116,7 +123,7 @@ def field_cloud(
     :return: FLOAT32 fields x y z (= mean) mean stddev intensity (= stddev); finite cells only.
     :raises InputError: another number of values than cells.
     """
-    mean, stddev = _drawable(grid, mean, 'mean'), _drawable(grid, stddev, 'stddev')
+    mean, stddev = drawable(grid, mean, 'mean'), drawable(grid, stddev, 'stddev')
     shown = np.isfinite(mean) & np.isfinite(stddev)
     x, y = grid.targets[shown].T
     mean, stddev = mean[shown], stddev[shown]
@@ -144,11 +151,14 @@ def occupancy_grid(
     :return: row-major from the lower left, origin at the lower left corner.
     :raises InputError: another number of values than cells, or lower >= upper.
     """
-    values = _per_cell(grid, values, 'values')
+    from nav_msgs.msg import OccupancyGrid
+    from std_msgs.msg import Header
+
+    values = per_cell(grid, values, 'values')
     shown = np.isfinite(values)
     if known is not None:
-        shown &= _per_cell(grid, known, 'known').astype(bool)
-    scaled = np.where(shown, _fraction(values, lower, upper) * 100.0, _UNKNOWN)
+        shown &= per_cell(grid, known, 'known').astype(bool)
+    scaled = np.where(shown, fraction(values, lower, upper) * 100.0, _UNKNOWN)
     message = OccupancyGrid(header=header or Header())
     message.info.map_load_time = message.header.stamp
     message.info.resolution = grid.resolution
@@ -160,53 +170,85 @@ def occupancy_grid(
     return message
 
 
-def surface_markers(
-    grid: Grid,
-    mean: np.ndarray,
-    stddev: np.ndarray,
-    stddev_range: Sequence[float],
-    header: Header | None = None,
-    max_vertices: int = 40_000,
-) -> MarkerArray:
+def grid_map_layer(grid: Grid, values: np.ndarray) -> Float32MultiArray:
     """
-    Show the mean as a surface colored by stddev, with lines that follow it and a legend beside it.
+    Write one number per cell as a layer of grid_map_msgs/GridMap.
 
-    The lines are there because RViz does not shade colored triangles: no relief would be seen.
+    There the cell (0, 0) is the one with the largest x and y, the first index runs along x and is
+    the inner one in memory: our cells, row by row from the lower left, in reverse.
 
     :param grid: of n cells.
-    :param mean: (n,) or (n, 1) [field units], drawn as height [m].
-    :param stddev: (n,) or (n, 1) [field units].
-    :param stddev_range: [lower, upper], the two ends of the colors.
-    :param header: frame of the map, stamp of the newest observation.
-    :param max_vertices: a finer grid is drawn coarser: a marker holds an object per vertex.
-    :return: markers whose namespaces and ids never change, so that new ones replace the old.
-    :raises InputError: another number of values than cells, or no range.
+    :param values: (n,) or (n, 1) [field units]; what is not finite is NaN, unknown.
+    :return: data and the labels of its layout, without which RViz's plugin crashes.
     """
-    header = header or Header()
-    heights = _drawable(grid, mean, 'mean').reshape(grid.height, grid.width)
-    deviations = _drawable(grid, stddev, 'stddev').reshape(grid.height, grid.width)
-    stride = max(1, math.ceil(math.sqrt(grid.num_cells / max_vertices)))
-    rows, columns = _thinned(grid.height, stride), _thinned(grid.width, stride)
-    picked = np.ix_(rows, columns)
-    heights, deviations = heights[picked], deviations[picked]
-    centers = grid.targets.reshape(grid.height, grid.width, 2)[picked]
-    shown = np.isfinite(heights) & np.isfinite(deviations)
-    vertices = _points(np.dstack([centers, heights]))
-    color_index = _color_index(np.where(shown, deviations, 0.0).reshape(-1), stddev_range)
-    color_index = color_index.tolist()
-    surface = _marker(header, 'surface', 0, Marker.TRIANGLE_LIST)
-    colors = [_COLORS[index] for index in color_index]
-    _connect(surface, _triangle_corners(shown), vertices, colors)
-    mesh = _marker(header, 'mesh', 0, Marker.LINE_LIST)
-    mesh.scale.x = max(grid.width, grid.height) * grid.resolution / 500  # [m], thickness
-    mesh.pose.position.z = mesh.scale.x  # above the surface that would hide it
-    colors = [_LINE_COLORS[index] for index in color_index]
-    _connect(mesh, _line_ends(shown), vertices, colors)
-    level = float(np.median(heights[shown])) if shown.any() else 0.0
-    return MarkerArray(markers=[surface, mesh, *_legend(grid, stddev_range, level, header)])
+    from std_msgs.msg import Float32MultiArray, MultiArrayDimension
+
+    values = drawable(grid, values, 'values')
+    layer = Float32MultiArray()
+    layer.layout.dim = [
+        MultiArrayDimension(label='column_index', size=grid.height, stride=grid.num_cells),
+        MultiArrayDimension(label='row_index', size=grid.width, stride=grid.width),
+    ]
+    layer.data = float_array(np.where(np.isfinite(values), values, np.nan)[::-1])
+    return layer
 
 
-def color_table(num_colors: int = _NUM_COLORS) -> np.ndarray:
+def grid_map_type():
+    """Return the type grid_map_msgs/GridMap; None where that package is not installed."""
+    try:
+        from grid_map_msgs.msg import GridMap
+    except ImportError:
+        return None
+    return GridMap
+
+
+def grid_map(grid: Grid, layers: Mapping[str, np.ndarray], header: Header | None = None):
+    """
+    Show numbers per cell as grid_map_msgs/GridMap, which must be installed.
+
+    :param grid: of n cells.
+    :param layers: name -> (n,) or (n, 1) [field units]; a cell counts as known where all are.
+    :param header: frame of the map, stamp of the newest observation.
+    :return: grid_map_msgs/GridMap.
+    """
+    from std_msgs.msg import Header
+
+    message = grid_map_type()(header=header or Header())
+    message.info.resolution = grid.resolution
+    message.info.length_x = grid.width * grid.resolution
+    message.info.length_y = grid.height * grid.resolution
+    message.info.pose.position.x = grid.origin[0] + message.info.length_x / 2  # of the center
+    message.info.pose.position.y = grid.origin[1] + message.info.length_y / 2
+    message.info.pose.orientation.w = 1.0
+    message.layers = message.basic_layers = list(layers)
+    message.data = [grid_map_layer(grid, values) for values in layers.values()]
+    return message
+
+
+def poses(positions: np.ndarray, origin: np.ndarray, header: Header | None = None) -> PoseArray:
+    """
+    Write locations as poses that look away from where one comes from.
+
+    :param positions: (n, 2) [m].
+    :param origin: (2,) [m] where one comes from.
+    :param header: frame of the map, stamp of the newest observation.
+    :return: in the same order, on the plane z = 0.
+    """
+    from geometry_msgs.msg import Pose, PoseArray
+    from std_msgs.msg import Header
+
+    message = PoseArray(header=header or Header())
+    for (x, y), (ahead, left) in zip(
+        positions.tolist(), (positions - origin).tolist(), strict=True
+    ):
+        pose, yaw = Pose(), math.atan2(left, ahead)
+        pose.position.x, pose.position.y = x, y
+        pose.orientation.z, pose.orientation.w = math.sin(yaw / 2), math.cos(yaw / 2)
+        message.poses.append(pose)
+    return message
+
+
+def color_table(num_colors: int = NUM_COLORS) -> np.ndarray:
     """
     Interpolate the color map from its anchors.
 
@@ -220,17 +262,7 @@ def color_table(num_colors: int = _NUM_COLORS) -> np.ndarray:
     )
 
 
-def _color_messages(table: np.ndarray) -> list[ColorRGBA]:
-    """Make messages, rounded to their float32, so that what arrives equals what was sent."""
-    return [ColorRGBA(r=r, g=g, b=b, a=1.0) for r, g, b in table.astype(np.float32).tolist()]
-
-
-_COLORS = _color_messages(color_table())
-# Lines are lighter than what is below them. Not transparent: RViz ignores the alpha of a point.
-_LINE_COLORS = _color_messages(1.0 - 0.6 * (1.0 - color_table()))
-
-
-def _per_cell(grid: Grid, values: np.ndarray, name: str) -> np.ndarray:
+def per_cell(grid: Grid, values: np.ndarray, name: str) -> np.ndarray:
     """Check that there is one number per cell, and return them as (n,)."""
     values = np.asarray(values)
     if values.shape not in ((grid.num_cells,), (grid.num_cells, 1)):
@@ -241,121 +273,15 @@ def _per_cell(grid: Grid, values: np.ndarray, name: str) -> np.ndarray:
     return values.reshape(-1)
 
 
-def _drawable(grid: Grid, values: np.ndarray, name: str) -> np.ndarray:
+def drawable(grid: Grid, values: np.ndarray, name: str) -> np.ndarray:
     """Return one float32 per cell: what is too large for RViz becomes inf, and is left out."""
     with np.errstate(over='ignore', invalid='ignore'):
-        return _per_cell(grid, values, name).astype(np.float32)
+        return per_cell(grid, values, name).astype(np.float32)
 
 
-def _fraction(values: np.ndarray, lower: float, upper: float) -> np.ndarray:
+def fraction(values: np.ndarray, lower: float, upper: float) -> np.ndarray:
     """Place values within a range: 0 at lower and below, 1 at upper and above."""
     if not lower < upper:
         raise InputError(f'range is [{lower}, {upper}]; expected lower < upper')
     with np.errstate(invalid='ignore', over='ignore'):
         return np.clip((values.astype(np.float64) - lower) / (upper - lower), 0.0, 1.0)
-
-
-def _color_index(values: np.ndarray, limits: Sequence[float]) -> np.ndarray:
-    """Pick the entry of the color table for each value."""
-    return np.rint(_fraction(values, *limits) * (_NUM_COLORS - 1)).astype(int)
-
-
-def _thinned(count: int, stride: int) -> np.ndarray:
-    """Pick every stride-th index and the last one, so that the surface keeps its extent."""
-    return np.unique(np.append(np.arange(0, count, stride), count - 1))
-
-
-def _triangle_corners(finite: np.ndarray) -> np.ndarray:
-    """
-    List the vertex indices of the triangles all of whose corners are finite.
-
-    :param finite: (height, width) bool.
-    :return: (3 * num_triangles,) int, counter-clockwise seen from above.
-    """
-    height, width = finite.shape
-    vertex = np.arange(height * width).reshape(height, width)
-    lower_left, lower_right = vertex[:-1, :-1], vertex[:-1, 1:]
-    upper_left, upper_right = vertex[1:, :-1], vertex[1:, 1:]
-    triangles = np.stack(
-        [lower_left, lower_right, upper_right, lower_left, upper_right, upper_left], axis=-1
-    ).reshape(-1, 3)
-    return triangles[finite.reshape(-1)[triangles].all(axis=1)].reshape(-1)
-
-
-def _line_ends(shown: np.ndarray) -> np.ndarray:
-    """
-    List the vertex indices of lines along some rows and columns, where both ends are shown.
-
-    :param shown: (height, width) bool.
-    :return: (2 * num_lines,) int.
-    """
-    vertex = np.arange(shown.size).reshape(shown.shape)
-    step = max(1, round(max(shown.shape) / _NUM_LINES))
-    ends = np.concatenate(
-        [
-            np.stack([vertex[::step, :-1], vertex[::step, 1:]], axis=-1).reshape(-1, 2),
-            np.stack([vertex[:-1, ::step], vertex[1:, ::step]], axis=-1).reshape(-1, 2),
-        ]
-    )
-    return ends[shown.reshape(-1)[ends].all(axis=1)].reshape(-1)
-
-
-def _points(xyz: np.ndarray) -> list[Point]:
-    """Make the messages of points, (..., 3) [m], in their order."""
-    return [Point(x=x, y=y, z=z) for x, y, z in xyz.reshape(-1, 3).tolist()]
-
-
-def _connect(
-    marker: Marker, corners: np.ndarray, vertices: list[Point], colors: list[ColorRGBA]
-) -> None:
-    """
-    Fill a marker with triangles or lines, or delete it when there are none (RViz would complain).
-
-    Corners share one object per vertex: six times fewer objects to make.
-    """
-    if len(corners) == 0:
-        marker.action = Marker.DELETE
-    marker.points = [vertices[corner] for corner in corners.tolist()]
-    marker.colors = [colors[corner] for corner in corners.tolist()]
-
-
-def _marker(header: Header, namespace: str, id: int, kind: int) -> Marker:
-    """Make a marker at the origin of its frame that stays until it is replaced."""
-    marker = Marker(header=header, ns=namespace, id=id, type=kind, action=Marker.ADD)
-    marker.pose.orientation.w = 1.0
-    marker.scale.x = marker.scale.y = marker.scale.z = 1.0
-    marker.color = ColorRGBA(r=1.0, g=1.0, b=1.0, a=1.0)
-    return marker
-
-
-def _legend(
-    grid: Grid, stddev_range: Sequence[float], level: float, header: Header
-) -> list[Marker]:
-    """
-    Put a bar of colors and their stddev to the right of the grid.
-
-    A bar of triangles: RViz shades cubes, which then have other colors than the surface.
-    """
-    size = grid.height * grid.resolution / (2 * _NUM_LABELS)  # [m]
-    left = grid.origin[0] + grid.width * grid.resolution + size / 2
-    heights = [grid.origin[1] + size * (2 * index + 1) for index in range(_NUM_LABELS)]
-    sides = np.linspace(heights[0], heights[-1], _NUM_BAR_ROWS)
-    x, y = np.meshgrid([left, left + size / 2], sides)
-    colors = np.linspace(0, _NUM_COLORS - 1, _NUM_BAR_ROWS).round().astype(int).repeat(2)
-    bar = _marker(header, 'legend', 0, Marker.TRIANGLE_LIST)
-    _connect(
-        bar,
-        _triangle_corners(np.ones(x.shape, dtype=bool)),
-        _points(np.dstack([x, y, np.full(x.shape, level)])),
-        [_COLORS[index] for index in colors],
-    )
-    markers = [bar]
-    values = np.linspace(*stddev_range, _NUM_LABELS)
-    for index, (value, y) in enumerate(zip(values, heights, strict=True), start=1):
-        label = _marker(header, 'legend', index, Marker.TEXT_VIEW_FACING)
-        label.pose.position.x, label.pose.position.y = left + 2 * size, y  # of its middle
-        label.pose.position.z = level
-        label.scale.z = 0.4 * size
-        label.text = f'stddev {value:.3g}'
-        markers.append(label)
-    return markers

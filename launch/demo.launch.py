@@ -82,17 +82,15 @@ def _rviz_config(context, parameters, heights):
     orbit, top = views['Current'], views['Saved'][0]
     scale = (parameters['bounds_max'][0] - parameters['bounds_min'][0]) / WINDOW_M
 
-    displays['Grid']['Cell Size'] *= scale
-    displays['Grid']['Offset']['Z'] = float(heights.min())
     displays['Observations']['Size (m)'] *= scale
     displays['Field']['Size (m)'] = 0.8 * parameters['grid_resolution']
     displays['Field']['Max Intensity'] = parameters['stddev_range'][1]
     orbit['Distance'] *= scale
     orbit['Near Clip Distance'] *= scale
     orbit['Focal Point'] = {axis: scale * at for axis, at in orbit['Focal Point'].items()}
-    orbit['Focal Point']['Z'] = float(heights.mean())
+    orbit['Focal Point']['Z'] += float(heights.mean())
     top['Scale'] /= scale
-    top['X'] *= scale
+    top['Y'] *= scale
     with NamedTemporaryFile('w', prefix='cmanp_', suffix='.rviz', delete=False) as file:
         yaml.safe_dump(config, file)
     return file.name

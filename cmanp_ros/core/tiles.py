@@ -182,6 +182,11 @@ class Tiles:
         return len(self._row_of)
 
     @property
+    def keys_in_memory(self) -> list[Key]:
+        """Return the tiles in memory, the least recently used first."""
+        return list(self._row_of)
+
+    @property
     def capacity(self) -> int:
         """Rows of the tensors, used or not."""
         return len(self._dirty)
@@ -293,11 +298,10 @@ class Tiles:
         :return: [s] how far it went; 0 when no mark is kept.
         :raises InputError: for a time that is not positive, or without a history.
         """
-        if self.history is None or not 0 < seconds < math.inf:
-            raise InputError(
-                f'undo {seconds} s with undo_window {self.history and self.history.window_sec}: '
-                'expected a positive time [s], and an undo_window when the map is made'
-            )
+        if self.history is None:
+            raise InputError('undo is off: set undo_window [s] when the map is made')
+        if not 0 < seconds < math.inf:
+            raise InputError(f'undo {seconds} s: expected a positive time')
         mark = self.history.find(now - seconds)
         if mark is None:
             return 0.0

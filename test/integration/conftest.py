@@ -1,20 +1,20 @@
 """A real node and a real client over Fast DDS, each in a context of its own, in its own domain."""
 
-import itertools
-import os
 import threading
 import time
 
 import pytest
 
+from cmanp_ros.demo.processes import own_domain
+
 TIMEOUT_SEC = 20.0
-_domains = itertools.count(os.getpid() % 50)
 
 
 @pytest.fixture
 def domain_id():
-    """Return a domain that no other test of this process uses."""
-    return 1 + next(_domains) % 100
+    """Return a domain that nobody else uses, not even a test in another process."""
+    with own_domain() as domain_id:
+        yield domain_id
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from sensor_msgs.msg import PointCloud2, Temperature
 from std_srvs.srv import Trigger
 from test_node import cloud, counts, height, request, scattered
 
+from cmanp_ros.health import judge
 from cmanp_ros.maps import Code
 
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -154,6 +155,73 @@ def test_map_saved_at_the_end_is_there_at_the_next_start(start_node, client, tmp
     (tmp_path / 'autosave.safetensors').unlink()
     again.control.autosave()
     assert not list(tmp_path.iterdir()), 'nothing changed since it was restored'
+
+
+def test_map_that_was_not_restored_is_kept_aside(start_node, client, tmp_path):
+    options = {'state_directory': str(tmp_path), 'autosave_period': 1000.0}
+    node = start_node(**options)
+    publish(client, node, cloud(scattered(83)))
+    node.control.autosave()
+    node.control.autosave()
+    assert [path.stem for path in tmp_path.iterdir()] == ['autosave'], 'it is the same map'
+    saved = (tmp_path / 'autosave.safetensors').read_bytes()
+    begun = start_node(**options, namespace='/begun')
+    publish(client, begun, cloud(scattered(7)), topic='begun/points')
+    begun.control.autosave()
+    (aside,) = (path for path in tmp_path.iterdir() if path.stem != 'autosave')
+    assert aside.read_bytes() == saved
+    assert client.call(Trigger, 'begun/cmanp/reset', Trigger.Request()).success
+    begun.control.autosave()
+    counts_saved = {
+        begun.control.directory.load(name, begun.field).field.num_observations
+        for name in begun.control.directory.names()
+    }
+    assert counts_saved == {83, 7, 0}, 'a reset is no reason to lose what was saved'
+
+
+def test_map_to_restore_must_be_there_unless_it_is_the_first_autosave(start_node, tmp_path):
+    node = start_node(activate=False, state_directory=str(tmp_path), restore='autosav')
+    assert node.trigger_configure().name == 'FAILURE'
+
+
+def test_folder_that_cannot_be_used_is_refused_at_once(start_node, tmp_path):
+    (tmp_path / 'file').write_text('no folder')
+    node = start_node(activate=False, state_directory=str(tmp_path / 'file'))
+    assert node.trigger_configure().name == 'FAILURE'
+
+
+def test_autosave_that_fails_is_named_until_it_works_again(start_node, client, tmp_path):
+    folder = tmp_path / 'maps'
+    node = start_node(state_directory=str(folder), autosave_period=1000.0)
+    publish(client, node, cloud(scattered(83)))
+    folder.rename(tmp_path / 'gone')
+    node.control.autosave()
+    verdict = judge(node.status.snapshot())
+    assert verdict.state == 'not_saved' and str(folder) in verdict.text
+    (tmp_path / 'gone').rename(folder)
+    node.control.autosave()
+    assert judge(node.status.snapshot()).state == 'folding'
+
+
+def test_undo_beyond_a_reset_is_refused_and_says_why(start_node, client):
+    node = start_node(undo_window=16.0)
+    publish(client, node, cloud(scattered(53)))
+    assert client.call(Trigger, 'cmanp/reset', Trigger.Request()).success
+    answer = client.call(Undo, 'cmanp/undo', Undo.Request(seconds=3.0))
+    assert not answer.success and 'reset or load' in answer.message
+
+
+def test_refused_map_of_a_peer_is_named(start_node, client):
+    node = start_node(peers=['/two/cmanp/state'])
+    publish(client, node, cloud(scattered(53)))
+    other = start_node(namespace='/two', tile_size=3.0)
+    publish(client, other, cloud(scattered(11)), topic='two/points')
+    assert client.call(Trigger, 'two/cmanp/publish_state', Trigger.Request()).success
+    wait_for(lambda: node.control.num_refused['other_map'] == 1)
+    snapshot = node.status.snapshot()
+    verdict = judge(snapshot)
+    assert verdict.state == 'peer_refused' and 'tile_size' in verdict.text
+    assert node.status.values(snapshot)['peers_refused_other_map'] == 1
 
 
 def test_damaged_map_is_not_restored_over(start_node, client, tmp_path):

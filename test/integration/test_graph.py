@@ -2,6 +2,7 @@
 
 import pytest
 import rclpy
+from cmanp_ros.msg import Prediction
 from conftest import wait_for
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
@@ -32,7 +33,7 @@ def discovered(looker, topic, qos=BEST_EFFORT, num_publishers=1, **kwargs):
 
     def view():
         found = look(looker, topic, CLOUD, qos, **kwargs)
-        named = [p for p in found.publishers if 'UNKNOWN' not in p.node]
+        named = [p for p in found.publishers if p.node.startswith('/')]
         return found if len(named) == num_publishers else None
 
     return wait_for(view)
@@ -112,6 +113,16 @@ def test_own_outputs_are_not_proposed(looker, client):
     assert view.similar == ('/elsewhere',)
     view = look(looker, '/robot1/points', CLOUD, BEST_EFFORT, reader='/client')
     assert view.similar == ('/robot1/pointss',)
+
+
+def test_what_another_map_predicts_is_not_proposed(looker, client):
+    client.node.create_publisher(PointCloud2, '/robot2/cmanp/field', 7)
+    client.node.create_publisher(Prediction, '/robot2/cmanp/prediction', 7)
+    client.node.create_publisher(PointCloud2, '/robot2/lidar', 7)
+    wait_for(lambda: looker.count_publishers('/robot2/cmanp/prediction'))
+    wait_for(lambda: looker.count_publishers('/robot2/cmanp/field'))
+    wait_for(lambda: look(looker, '/robot2/points', CLOUD, BEST_EFFORT).similar)
+    assert look(looker, '/robot2/points', CLOUD, BEST_EFFORT).similar == ('/robot2/lidar',)
 
 
 def test_subscriptions_of_another_node_are_seen_with_their_qos(looker, client):

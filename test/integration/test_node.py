@@ -323,7 +323,7 @@ def test_grid_topics_are_latched_and_published_only_where_somebody_listens(start
     points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
     points.publish(cloud(scattered(211)))
     wait_for(lambda: node.field.num_observations == 211)
-    assert node.answers._published is None
+    assert node.displays._published is None
     received = {
         topic: client.collect(message_type, f'cmanp/{topic}', LATCHED)
         for topic, message_type in (

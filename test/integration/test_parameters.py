@@ -327,8 +327,8 @@ def test_yaml_holds_every_default_and_names_unit_and_range():
 
 @pytest.mark.parametrize('table', [TABLE, SOURCE_TABLE], ids=['node', 'source'])
 def test_readme_holds_the_table(table):
-    assert markdown_table(table) in (ROOT / 'README.md').read_text(), (
-        'paste markdown_table() of cmanp_ros/parameters.py into README.md'
+    assert markdown_table(table) in (ROOT / 'docs' / 'parameters.md').read_text(), (
+        'run scripts/write_docs.py'
     )
 
 

@@ -1,4 +1,4 @@
-"""What README.md says is what the code does."""
+"""What README.md and docs/parameters.md say is what the code does."""
 
 import re
 import runpy
@@ -9,13 +9,14 @@ from conftest import wait_for
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
+PARAMETERS = (ROOT / 'docs' / 'parameters.md').read_text(encoding='utf-8')
 COMMON = {'/parameter_events', '/rosout', '/cmanp/transition_event', '/clock'}
 BUILT_IN = {'rcl_interfaces', 'lifecycle_msgs', 'type_description_interfaces'}
 
 
 def documented(kind):
     """Return name -> type of a kind of row of the table of topics and services."""
-    rows = re.findall(rf'^\| {kind} \| `([^`]+)` \| `([^`]+)` \|', README, re.MULTILINE)
+    rows = re.findall(rf'^\| {kind} \| `([^`]+)` \| `([^`]+)` \|', PARAMETERS, re.MULTILINE)
     return {'/' + name.replace('~', 'cmanp').lstrip('/'): type_name for name, type_name in rows}
 
 

@@ -9,8 +9,9 @@ import yaml
 from conftest import wait_for
 from rclpy.qos import DurabilityPolicy, ReliabilityPolicy
 
+from cmanp_ros.markers import Scene, scene_markers
 from cmanp_ros.parameters import NodeParameters
-from cmanp_ros.visualization import color_table, field_cloud, grid_targets, surface_markers
+from cmanp_ros.visualization import color_table, field_cloud, grid_targets
 
 CONFIG = Path(__file__).parents[2] / 'config' / 'cmanp.rviz'
 DURABILITY = {
@@ -50,15 +51,14 @@ def kind_of(display):
 def test_everything_the_file_describes_is_there(displays):
     kinds = {name: kind_of(display) for name, display in displays.items()}
     assert kinds == {
-        'Grid': 'Grid',
-        'Surface': 'MarkerArray',
+        'Map': 'MarkerArray',
         'Observations': 'PointCloud2',
         'Field': 'PointCloud2',
         'Stddev': 'Map',
         'TF': 'TF',
     }
     enabled = [name for name, display in displays.items() if display['Enabled']]
-    assert enabled == ['Grid', 'Surface', 'Observations']
+    assert enabled == ['Map', 'Observations', 'TF']
     assert all(d.get('Value', d['Enabled']) == d['Enabled'] for d in displays.values())
 
 
@@ -83,7 +83,7 @@ def test_topics_exist_with_their_type_and_quality(displays, start_node, client):
 
 
 def test_outputs_are_asked_for_as_latched(displays):
-    for name in ('Surface', 'Field', 'Stddev'):
+    for name in ('Map', 'Field', 'Stddev'):
         assert displays[name]['Topic']['Durability Policy'] == 'Transient Local'
 
 
@@ -96,12 +96,13 @@ def test_updates_of_a_map_have_the_name_that_rviz_expects(displays):
 def markers():
     """Return markers of a plane at 300 m that rises to the north, by namespace."""
     heights = 300.0 + GRID.targets[:, 1]
-    shown = surface_markers(GRID, heights, np.full(heights.shape, 0.5), DEFAULTS.stddev_range)
-    return {marker.ns: marker for marker in reversed(shown.markers)}  # the first one stays
+    scene = Scene(GRID, heights, np.full(heights.shape, 0.5), DEFAULTS.stddev_range, max_views=3)
+    shown = scene_markers(scene).markers
+    return {marker.ns: marker for marker in reversed(shown)}  # the first one stays
 
 
 def test_namespaces_are_those_of_the_markers(displays, markers):
-    assert displays['Surface']['Namespaces'] == dict.fromkeys(markers, True)
+    assert displays['Map']['Namespaces'] == dict.fromkeys(markers, True)
 
 
 def test_lines_run_along_the_surface_a_little_above_it(markers):
@@ -111,10 +112,6 @@ def test_lines_run_along_the_surface_a_little_above_it(markers):
     assert 0 < mesh.pose.position.z <= 0.01 * GRID.width * GRID.resolution
     assert mesh.colors[0].r > surface.colors[0].r and mesh.colors[0].g > surface.colors[0].g
     assert all(color.a == 1.0 for color in mesh.colors)
-
-
-def test_legend_is_at_the_height_of_the_surface(markers):
-    assert {point.z for point in markers['legend'].points} == {300.0}
 
 
 def test_field_is_colored_by_stddev_between_fixed_bounds(displays):

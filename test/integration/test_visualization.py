@@ -5,9 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from rclpy.serialization import deserialize_message, serialize_message
 from std_msgs.msg import Header
-from visualization_msgs.msg import Marker, MarkerArray
 
 from cmanp_ros.conversions import points_from_cloud, stamp_from_nanoseconds
 from cmanp_ros.core.errors import ConfigError, InputError
@@ -15,9 +13,12 @@ from cmanp_ros.visualization import (
     Grid,
     color_table,
     field_cloud,
+    grid_map,
+    grid_map_layer,
+    grid_map_type,
     grid_targets,
     occupancy_grid,
-    surface_markers,
+    poses,
 )
 
 WIDTH, HEIGHT = 7, 5
@@ -26,16 +27,6 @@ HEADER = Header(frame_id='map', stamp=stamp_from_nanoseconds(13))
 FINITE = np.arange(WIDTH * HEIGHT, dtype=np.float64)
 MODEST = settings(deadline=None, max_examples=60)
 any_values = hnp.arrays(np.float64, WIDTH * HEIGHT, elements=st.floats())
-
-
-def points_of(marker):
-    """Return the corners of a marker as (n, 3)."""
-    return np.array([[point.x, point.y, point.z] for point in marker.points]).reshape(-1, 3)
-
-
-def by_name(markers):
-    """Index markers by namespace and id."""
-    return {(marker.ns, marker.id): marker for marker in markers.markers}
 
 
 def test_targets_are_cell_centers_row_by_row_from_the_lower_left():
@@ -137,11 +128,9 @@ def test_occupancy_is_legal_for_any_prediction(values, lower, extent):
 
 
 @pytest.mark.parametrize('limits', [(1.0, 1.0), (2.0, 1.0), (np.nan, 1.0)])
-def test_occupancy_and_colors_need_a_range(limits):
+def test_occupancy_needs_a_range(limits):
     with pytest.raises(InputError, match='expected lower < upper'):
         occupancy_grid(GRID, FINITE, *limits)
-    with pytest.raises(InputError, match='expected lower < upper'):
-        surface_markers(GRID, FINITE, FINITE, limits)
 
 
 @pytest.mark.parametrize(
@@ -154,98 +143,7 @@ def test_another_number_of_values_than_cells_is_refused(shape):
     with pytest.raises(InputError, match=text):
         field_cloud(GRID, FINITE, np.zeros(shape))
     with pytest.raises(InputError, match=text):
-        surface_markers(GRID, np.zeros(shape), FINITE, (0.0, 1.0))
-
-
-def test_surface_has_two_triangles_between_any_four_cells():
-    surface = by_name(surface_markers(GRID, FINITE, FINITE, (0.0, 34.0), HEADER))['surface', 0]
-    assert (surface.type, surface.action) == (Marker.TRIANGLE_LIST, Marker.ADD)
-    assert (surface.header, surface.pose.orientation.w, surface.scale.x) == (HEADER, 1.0, 1.0)
-    assert len(surface.points) == len(surface.colors) == 6 * (WIDTH - 1) * (HEIGHT - 1)
-    vertices = {tuple(point) for point in points_of(surface)}
-    expected = np.column_stack([GRID.targets, FINITE])
-    assert vertices == {tuple(vertex) for vertex in expected.tolist()}
-
-
-def test_surface_faces_up():
-    surface = by_name(surface_markers(GRID, 0 * FINITE, FINITE, (0.0, 34.0)))['surface', 0]
-    first, second, third = points_of(surface).reshape(-1, 3, 3).transpose(1, 0, 2)
-    normals = np.cross(second - first, third - first)
-    np.testing.assert_allclose(normals, [[0.0, 0.0, 0.25]] * len(normals), atol=1e-12)
-
-
-def test_surface_is_colored_by_stddev():
-    deviations = FINITE[::-1] / 34.0
-    surface = by_name(surface_markers(GRID, FINITE, deviations, (0.0, 1.0)))['surface', 0]
-    table = color_table()
-    for point, color in zip(surface.points, surface.colors, strict=True):
-        expected = table[round(deviations[int(point.z)] * 255)]
-        np.testing.assert_allclose([color.r, color.g, color.b], expected, atol=0.02)
-
-
-def test_surface_leaves_out_triangles_with_a_corner_not_finite():
-    mean = FINITE.copy()
-    mean[2 * WIDTH + 3] = np.nan  # an inner cell: corner of six triangles
-    surface = by_name(surface_markers(GRID, mean, FINITE, (0.0, 34.0)))['surface', 0]
-    assert len(surface.points) == 6 * (WIDTH - 1) * (HEIGHT - 1) - 6 * 3
-    assert np.isfinite(points_of(surface)).all()
-
-
-@pytest.mark.parametrize('grid', [GRID, Grid((0.0, 0.0), 1.0, 1, 5)])
-def test_surface_without_triangles_is_deleted(grid):
-    nothing = np.full(grid.num_cells, np.nan if grid is GRID else 0.0)
-    surface = by_name(surface_markers(grid, nothing, nothing, (0.0, 1.0)))['surface', 0]
-    assert (surface.action, surface.points, surface.colors) == (Marker.DELETE, [], [])
-
-
-def test_markers_have_the_same_names_whatever_is_shown():
-    some = by_name(surface_markers(GRID, FINITE, FINITE, (0.0, 1.0)))
-    nothing = by_name(surface_markers(GRID, FINITE * np.nan, FINITE, (0.0, 2.0)))
-    assert list(some) == list(nothing)
-    assert list(some)[0] == ('surface', 0)
-    assert len(some) == len(surface_markers(GRID, FINITE, FINITE, (0.0, 1.0)).markers)
-
-
-def test_legend_names_the_stddev_of_its_colors():
-    markers = by_name(surface_markers(GRID, FINITE, FINITE, (0.0, 2.0), HEADER))
-    labels = [m for m in markers.values() if m.type == Marker.TEXT_VIEW_FACING]
-    assert [label.text for label in labels] == [
-        f'stddev {v}' for v in ('0', '0.5', '1', '1.5', '2')
-    ]
-    right_edge = GRID.origin[0] + WIDTH * GRID.resolution
-    assert all(label.pose.position.x > right_edge and label.scale.z > 0 for label in labels)
-    swatches = markers['legend', 0]
-    np.testing.assert_allclose(
-        [swatches.colors[0].r, swatches.colors[-1].r], color_table()[[0, -1], 0], atol=1e-6
-    )
-
-
-@MODEST
-@given(any_values, any_values)
-def test_markers_are_finite_for_any_prediction(mean, stddev):
-    for marker in surface_markers(GRID, mean, stddev, (0.0, 1.0)).markers:
-        assert np.isfinite(points_of(marker)).all()
-        assert len(marker.points) == len(marker.colors)
-        assert all(
-            0.0 <= c.r <= 1.0 and 0.0 <= c.g <= 1.0 and 0.0 <= c.b <= 1.0 for c in marker.colors
-        )
-
-
-def test_fine_grid_is_drawn_coarser_over_the_same_extent():
-    grid = Grid((0.0, 0.0), 0.1, 101, 67)
-    values = np.zeros(grid.num_cells)
-    surface = by_name(surface_markers(grid, values, values, (0.0, 1.0), max_vertices=200))[
-        'surface', 0
-    ]
-    points = points_of(surface)
-    assert len(np.unique(points, axis=0)) < 300
-    np.testing.assert_allclose(points[:, :2].min(axis=0), grid.targets[0])
-    np.testing.assert_allclose(points[:, :2].max(axis=0), grid.targets[-1])
-
-
-def test_messages_survive_serialization():
-    markers = surface_markers(GRID, FINITE, FINITE, (0.0, 34.0), HEADER)
-    assert deserialize_message(serialize_message(markers), MarkerArray) == markers
+        grid_map_layer(GRID, np.zeros(shape))
 
 
 def test_colors_grow_lighter_all_the_way():
@@ -260,3 +158,57 @@ def test_colors_are_those_of_viridis():
     matplotlib = pytest.importorskip('matplotlib', reason='compares with the original color map')
     original = matplotlib.colormaps['viridis'](np.linspace(0, 1, 256))[:, :3]
     np.testing.assert_allclose(color_table(), original, atol=0.025)
+
+
+def at_of_grid_map(layer, row, column):
+    """Read a cell as grid_map does: an Eigen matrix, column by column."""
+    (outer, inner), data = layer.layout.dim, np.array(layer.data)
+    assert (outer.label, inner.label) == ('column_index', 'row_index')
+    assert outer.stride == outer.size * inner.size == len(data) and inner.stride == inner.size
+    return data[layer.layout.data_offset + inner.stride * column + row]
+
+
+def test_grid_map_begins_at_the_largest_x_and_y_and_goes_down_along_both():
+    x, y = GRID.targets.T
+    layers = [grid_map_layer(GRID, coordinate) for coordinate in (x, y)]
+    for row in range(WIDTH):  # grid_map: the first index is that of x
+        for column in range(HEIGHT):
+            found = [at_of_grid_map(layer, row, column) for layer in layers]
+            np.testing.assert_allclose(
+                found, [x.max() - row * GRID.resolution, y.max() - column * GRID.resolution]
+            )
+
+
+def test_grid_map_has_nan_where_a_value_is_not_finite():
+    values = FINITE.copy()
+    values[[3, 11, 17]] = np.nan, np.inf, 1e300
+    data = np.array(grid_map_layer(GRID, values).data)[::-1]
+    np.testing.assert_array_equal(np.flatnonzero(np.isnan(data)), [3, 11, 17])
+    assert np.isfinite(np.delete(data, [3, 11, 17])).all()
+
+
+@pytest.mark.skipif(grid_map_type() is None, reason='grid_map_msgs comes with a ROS installation')
+def test_grid_map_lies_where_the_grid_does():
+    message = grid_map(GRID, {'mean': FINITE, 'stddev': FINITE / 7}, HEADER)
+    assert message.header == HEADER
+    assert (list(message.layers), list(message.basic_layers)) == (['mean', 'stddev'],) * 2
+    assert (message.info.length_x, message.info.length_y) == (3.5, 2.5)
+    assert (message.info.pose.position.x, message.info.pose.position.y) == (-1.25, 12.25)
+    assert (message.outer_start_index, message.inner_start_index) == (0, 0)
+    assert list(message.data[1].data) == list(grid_map_layer(GRID, FINITE / 7).data)
+
+
+def test_poses_are_in_order_and_look_away_from_the_origin():
+    origin = np.array([2.0, 3.0])
+    positions = origin + np.array([[5.0, 0.0], [0.0, 7.0], [-11.0, 0.0], [0.0, -13.0], [0.0, 0.0]])
+    message = poses(positions, origin, HEADER)
+    assert message.header == HEADER
+    np.testing.assert_array_equal(
+        [[p.position.x, p.position.y, p.position.z] for p in message.poses],
+        np.column_stack([positions, np.zeros(5)]),
+    )
+    yaw = [2 * np.arctan2(p.orientation.z, p.orientation.w) for p in message.poses]
+    np.testing.assert_allclose(np.array(yaw[:4]) / np.pi, [0, 0.5, 1, -0.5], atol=1e-12)
+    for p in message.poses:
+        q = p.orientation
+        np.testing.assert_allclose(q.x**2 + q.y**2 + q.z**2 + q.w**2, 1.0)

@@ -94,6 +94,19 @@ def observe_beside_bad_points(field):
     return field.observe(np.concatenate([BAD_X, x]), np.concatenate([BAD_Y, y]))
 
 
+@pytest.mark.parametrize('num', [0, 7, 11, 101])
+def test_chunks_hold_each_point_once_and_those_of_a_tile_together(load_tiles, num):
+    field, x = load_tiles(), np.random.default_rng(3).uniform(*BOUNDS, (num, 2))
+    chunks = field.in_chunks(x, 11)
+    assert all(len(chunk) <= 11 for chunk in chunks)
+    np.testing.assert_array_equal(np.sort(np.concatenate([[], *chunks])), np.arange(num))
+    if num == 101:  # neighbors are nearer than those who only came one after the other
+        spread = [np.ptp(x[chunk], axis=0).max() for chunk in chunks]
+        assert np.mean(spread) < 0.8 * np.mean(
+            [np.ptp(part, 0).max() for part in np.split(x, range(11, 101, 11))]
+        )
+
+
 def test_points_that_cannot_be_used_are_counted_and_left_out(load_one_tile):
     field, clean = load_one_tile(), load_one_tile()
     x, y = observations(31)

@@ -70,7 +70,7 @@ SITUATIONS = {
     ),
     'wrong_type': (
         nothing_folded(source(publishers=[Publisher('/scan', 'sensor_msgs/msg/LaserScan')])),
-        ('sensor_msgs/msg/LaserScan from /scan', CLOUD),
+        ('sensor_msgs/msg/LaserScan from /scan', CLOUD, 'laser_geometry'),
     ),
     'incompatible_qos': (
         nothing_folded(source(publishers=[dataclasses.replace(LIDAR, conflict=QOS)])),
@@ -102,6 +102,14 @@ SITUATIONS = {
         ('5 messages dropped', '10 wait', '3.2 s', 'num_threads'),
     ),
     'tiles_dropped': (snapshot(tiles_dropped=11), ('11 tiles', 'store')),
+    'not_saved': (
+        snapshot(save_fault='no space left'),
+        ('in memory only', 'no space left', 'make room'),
+    ),
+    'peer_refused': (
+        snapshot(peer_fault={'/r2/state': 'it is damaged: reset it'}),
+        ("'/r2/state'", 'it is damaged', 'reset it'),
+    ),
     'overconfident': (
         snapshot(coverage=Coverage(0.2, 0.61, 900)),
         ('61%', '90 % interval', 'value_scale'),
@@ -153,6 +161,8 @@ def test_what_stops_everything_comes_first():
         ('all_outside', {'points': Counts(9, 9), 'num_folded': 9}),
         ('overloaded', {'num_dropped': 0}),
         ('tiles_dropped', {'tiles_dropped': 0}),
+        ('not_saved', {'save_fault': ''}),
+        ('peer_refused', {'peer_fault': {}}),
         ('overconfident', {'coverage': Coverage(0.5, 0.9, 900)}),
         ('folding', {}),
     ]
@@ -164,6 +174,8 @@ def test_what_stops_everything_comes_first():
         pending_transforms={'lidar': 1.0},
         num_dropped=3,
         tiles_dropped=3,
+        save_fault='full',
+        peer_fault={'/a': 'b'},
         coverage=Coverage(0.1, 0.1, 900),
     )
     for state, repair in repairs:
@@ -202,6 +214,19 @@ def test_working_node_with_a_mistake_in_another_source_is_a_warning():
     verdict = judge(snapshot(source(), wrong))
     assert (verdict.state, verdict.level) == ('folding', Level.WARN)
     assert 'sonar: ' in verdict.text and 'a/msg/B' in verdict.text
+
+
+@pytest.mark.parametrize(
+    ('published', 'words'),
+    [
+        ('sensor_msgs/msg/Range', ('set points.type', 'points.value_field')),
+        ('cmanp_ros/msg/Observations', ('set points.type',)),
+    ],
+)
+def test_wrong_type_is_used_as_it_can_be(published, words):
+    verdict = judge(nothing_folded(source(publishers=[Publisher('/x', published)])))
+    assert verdict.state == 'wrong_type' and all(word in verdict.way_out for word in words)
+    assert ('value_field' in verdict.way_out) == ('points.value_field' in words)
 
 
 def test_source_that_is_not_enabled_is_not_missed():

@@ -533,3 +533,16 @@ def test_the_services_have_the_same_codes(name):
     values = {key: getattr(response, key) for key in dir(response)}
     constants = {key: value for key, value in values.items() if type(value) is int}
     assert constants == {code.name: code.value for code in Code}
+
+
+def test_of_maps_set_aside_the_newest_stay(directory, folder):
+    assert directory.set_aside('a') is None, 'there is none'
+    for hour in range(maps.NUM_ASIDE + 3):
+        path = directory.save(observed(0), 'a', PROVENANCE, overwrite=True)
+        os.utime(path, (3600 * hour, 3600 * hour))
+        aside = directory.set_aside('a')
+        assert directory.set_aside('a') == aside, 'once is enough'
+        assert (folder / f'{aside}.safetensors').read_bytes() == path.read_bytes()
+    hours = [f'a-19700101T{hour:02}0000.000000' for hour in range(3, maps.NUM_ASIDE + 3)]
+    assert directory.names() == ['a', *hours]
+    assert directory.load(hours[0], observed()).field.num_observations > 0
