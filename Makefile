@@ -2,7 +2,7 @@
 VENV := .venv
 CMAKE := $(shell command -v cmake || echo $(CURDIR)/$(VENV)/bin/cmake)
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench docs clean
 
 # The first run takes minutes, the next ones nothing.
 setup: $(VENV)/.installed
@@ -21,6 +21,11 @@ lint: setup
 
 bench: setup
 	$(VENV)/bin/cmanp bench
+
+# The pages of docs/ and the API reference, in build/docs/. A warning is an error.
+docs: setup
+	$(VENV)/bin/sphinx-build -W --keep-going -q -d build/doctrees docs build/docs
+	@echo written: build/docs/index.html
 
 clean:
 	rm -rf $(VENV) build install log

@@ -7,13 +7,15 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parent.parent
-PARSERS = {'.xml': xml.etree.ElementTree.parse, '.yaml': yaml.safe_load, '.rviz': yaml.safe_load}
+PARSERS = {'.xml': xml.etree.ElementTree.parse} | dict.fromkeys(
+    ('.cff', '.rviz', '.yaml', '.yml'), yaml.safe_load
+)
 
 
 def main():
     """Print each file that cannot be parsed, and why."""
     paths = [p for p in ROOT.iterdir() if p.is_file()]
-    for folder in ('config', 'docs', 'launch', 'security', 'test'):
+    for folder in ('.github', 'config', 'docs', 'examples', 'launch', 'security', 'test'):
         paths += (ROOT / folder).rglob('*')
     faults = 0
     for path in sorted(paths):
