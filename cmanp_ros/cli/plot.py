@@ -91,18 +91,7 @@ def _parser():
     add('--units', default='', help='of the values, such as m')
     add('--hillshade', action='store_true', help='light the mean like a relief')
     add('--checkpoint', help='the model that folded the map; default: field')
-    recording = parser.add_argument_group('of a recording, as for cmanp replay')
-    add = recording.add_argument
-    add('--source', action='append', metavar='TOPIC[:FIELD]', help='what to fold')
-    add('--params-file', metavar='YAML', help='the parameters of the node')
-    add(
-        '-p',
-        '--parameter',
-        action='append',
-        default=[],
-        metavar='NAME:=VALUE',
-        help='one parameter of the node, such as tile_size:=5.0',
-    )
+    replay.add_source_options(parser.add_argument_group('of a recording, as for cmanp replay'))
     return parser
 
 

@@ -46,19 +46,8 @@ def main(arguments) -> int:
     return 130 if stop.asked else 0
 
 
-def _parser():
-    parser = argparse.ArgumentParser(
-        prog='cmanp replay',
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        'files',
-        nargs='+',
-        metavar='FILE',
-        help='bags (ROS 2: folder, .mcap, .db3), .csv, .xyz, .las',
-    )
+def add_source_options(parser):
+    """Add the options that say what of a recording is folded, and how."""
     parser.add_argument(
         '--source',
         action='append',
@@ -74,6 +63,22 @@ def _parser():
         metavar='NAME:=VALUE',
         help='one parameter of the node, such as tile_size:=5.0',
     )
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog='cmanp replay',
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        'files',
+        nargs='+',
+        metavar='FILE',
+        help='bags (ROS 2: folder, .mcap, .db3), .csv, .xyz, .las',
+    )
+    add_source_options(parser)
     parser.add_argument('--out', metavar='MAP', help='default: name of the first file.safetensors')
     parser.add_argument('--overwrite', action='store_true', help='if that is there already')
     parser.add_argument(
