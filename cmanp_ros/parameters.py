@@ -628,8 +628,8 @@ def markdown_table(table: tuple[ParameterSpec, ...] = TABLE) -> str:
     :return: a Markdown table, one row per parameter.
     """
     lines = [
-        '| parameter | type | default | range | unit | meaning |',
-        '|---|---|---|---|---|---|',
+        '| parameter | type | default | range | unit | while it runs | meaning |',
+        '|---|---|---|---|---|---|---|',
     ]
     for spec in table:
         cells = (
@@ -638,6 +638,7 @@ def markdown_table(table: tuple[ParameterSpec, ...] = TABLE) -> str:
             f'`{_yaml_value(spec.default)}`',
             spec.range_text,
             spec.unit,
+            '' if spec.read_only else 'may change',
             spec.text,
         )
         lines.append('| ' + ' | '.join(cells) + ' |')

@@ -333,10 +333,10 @@ def test_readme_holds_the_table(table):
 
 
 @pytest.mark.parametrize('table', [TABLE, SOURCE_TABLE], ids=['node', 'source'])
-def test_table_has_one_row_of_six_cells_per_parameter(table):
+def test_table_has_one_row_of_seven_cells_per_parameter(table):
     lines = markdown_table(table).splitlines()
     assert len(lines) == 2 + len(table)
-    assert {line.count('|') for line in lines} == {7}
+    assert {line.count('|') for line in lines} == {8}
 
 
 class StubNode:
