@@ -491,9 +491,9 @@ def predict(config: LeastSquaresConfig, regression: Regression, x: Tensor):
     """
     phi = basis(config, x)
     mean = phi @ regression.mean
-    phi = phi.to(regression.covariance.dtype).unsqueeze(1)
+    phi = phi.unsqueeze(1)
     variance = ((phi @ regression.covariance) * phi).sum(-1).mT  # (batch, n, dim_y)
-    return mean, variance.double().clamp(min=1e-12)
+    return mean, variance.clamp(min=1e-12)
 
 
 def joint_covariance(config: LeastSquaresConfig, regression: Regression, x: Tensor) -> Tensor:

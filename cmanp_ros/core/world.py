@@ -221,7 +221,6 @@ class World:
             field = self._field_stddev(pairs, answers, mixture)
             for own, regression, share in self._by_tile(pairs, mixture):
                 at, root = pairs.cover.index[own], share.mT
-                regression = regression._replace(covariance=regression.covariance.double())
                 block = least_squares.joint_covariance(
                     self._options, regression, pairs.cover.x[own].unsqueeze(0)
                 )[0]
@@ -419,7 +418,6 @@ class World:
             made = least_squares.posterior(
                 self._options, self._variances, sums, found, scale[part], log_weight[part]
             )
-            made = made._replace(covariance=made.covariance.float())
             self._regression.put(rows[part], made, version[part])
 
     def _log_evidence(self, keys, scale):
