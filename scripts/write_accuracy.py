@@ -25,11 +25,12 @@ functions, a factor of 3 and tiles of 0.4 were then chosen on the other data. Th
 amplitude, `points_per_voxel`, the level factor and (earlier weights) tiles of 10 to 60 km were
 also looked at on 2,000 to 4,000 of the soundings below, from numbers 20,000 and 50,000.
 
-What the network adds to the standard deviation is left out: of full strength, 0.5, 0.3 and none, none
-has the largest sum of mean log-likelihoods on tuning data (full 0.35, 0.3 0.47, none 0.50: windows of
-`topobathy.npz`, tracks over it, robust tasks of another seed). 0.3 had been chosen before, and was
-scored first: terrain at N = 256 and 1024 without noise -0.039 and -0.038 nats from the exact GP
-rather than the -0.056 and -0.055 below, covering 94 and 93 %; the soundings -0.60 rather than -0.34.
+What the network adds to the standard deviation is left out: of full strength, 0.5, 0.3 and none,
+none has the largest sum of mean log-likelihoods on tuning data (full 0.35, 0.3 0.47, none 0.50:
+windows of `topobathy.npz`, tracks over it, robust tasks of another seed). 0.3 had been chosen
+before, and was scored first: terrain at N = 256 and 1024 without noise -0.039 and -0.038 nats from
+the exact GP rather than the -0.056 and -0.055 below, covering 94 and 93 %; the soundings -0.60
+rather than -0.34.
 
 ## Real terrain
 
