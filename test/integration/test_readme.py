@@ -2,10 +2,16 @@
 
 import re
 import runpy
+import shlex
+import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import wait_for
+
+from cmanp_ros import cli
+from cmanp_ros.field import NeuralField
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -57,9 +63,25 @@ def test_python_snippet_runs(tmp_path, monkeypatch):
     assert (tmp_path / 'field.safetensors').is_file()
 
 
-def test_state_size_is_the_one_of_the_default_model():
-    from cmanp_ros.field import NeuralField
+def test_lines_for_a_bag_run_with_the_parameters_for_the_robot(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'test' / 'unit')
+    from recording_files import cloud, write_bag
 
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r'^    /\*\*:\n(?:    .*\n)+', README, re.MULTILINE).group()
+    Path('my_field.yaml').write_text(textwrap.dedent(block))
+    points = np.random.default_rng(0).uniform(-9, 9, (53, 3)) + (0, 0, 12)
+    write_bag(Path('my_bag'), [('/lidar/points', 5.0, cloud(points, 'map', 5.0))])
+    lines = re.findall(r'^    cmanp (.*)$', README, re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ['replay', 'plot']
+    for line in lines:
+        assert cli.main(shlex.split(line)) == 0
+    found = NeuralField.restore('my_field.safetensors')
+    assert (found.num_observations, found.geometry.tile_size) == (53, 5.0)
+    assert Path('mean_and_stddev.png').read_bytes()[1:4] == b'PNG'
+
+
+def test_state_size_is_the_one_of_the_default_model():
     sizes = set(re.findall(r'([\d,]+) bytes', README))
     assert sizes == {f'{NeuralField.load().tile_nbytes:,}'}
 
