@@ -58,15 +58,20 @@ def blend(cover: Cover, answers: Decoded, num_targets, num_levels) -> Mixture:
     """
     Mix the answers of tiles, (pairs, dim_y) each, with the prior of mean 0 and stddev 1.
 
-    The weight of a tile is its window times the weight that it gives itself. Where the coarsest
-    tiles around a target are missing the prior comes in, slowly.
+    The weight of a tile is its window times the weight that it gives itself, and times how much of
+    the target its level covers: where data end, a level goes before its last window does, or the
+    step would be seen. Where the coarsest tiles around a target are missing the prior comes in,
+    slowly.
     """
     index = cover.index
     shape = (num_targets, answers.mean.shape[-1])
     rows = index.unsqueeze(-1).expand_as(answers.mean)
     largest = answers.mean.new_full(shape, -torch.inf)
     largest = largest.scatter_reduce(0, rows, answers.log_weight.detach(), 'amax')
-    weight = cover.window.unsqueeze(-1) * (answers.log_weight - largest[index]).exp()
+    place = index * num_levels + cover.key[:, 0]
+    of_level = cover.window.new_zeros(num_targets * num_levels).index_add_(0, place, cover.window)
+    window = cover.window * of_level[place].clamp(max=1)
+    weight = window.unsqueeze(-1) * (answers.log_weight - largest[index]).exp()
     coarse = torch.where(cover.key[:, 0] == num_levels - 1, cover.window, 0.0)
     seen = coarse.new_zeros(num_targets).index_add_(0, index, coarse).clamp(max=1)
     prior = ((1 - seen) ** RELUCTANCE).unsqueeze(-1).expand(shape)

@@ -42,8 +42,8 @@ class Batch(NamedTuple):
     """(pairs, dim_x) in tile coordinates."""
     pair_window: Tensor
     """(pairs,)."""
-    pair_is_coarse: Tensor
-    """(pairs,): whether the tile belongs to the coarsest level."""
+    pair_level: Tensor
+    """(pairs,): level of the tile, of which the last is the coarsest in worlds of few, too."""
     y_target: Tensor
     """(targets, 1)."""
     mean: Tensor
@@ -139,7 +139,7 @@ def world_batch(model, task, num_levels) -> Batch:
         pair_target=pairs.cover.index,
         pair_x=pairs.cover.x,
         pair_window=pairs.cover.window,
-        pair_is_coarse=pairs.cover.key[:, 0] == num_levels - 1,
+        pair_level=pairs.cover.key[:, 0] + model.config.num_levels - num_levels,
         y_target=task.y_target,
         **pairs.prior._asdict(),
     )

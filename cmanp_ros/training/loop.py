@@ -168,9 +168,10 @@ def batch_log_likelihood(model: CMANP, batch: Batch) -> torch.Tensor:
         order.append(pairs[mask])
     place = torch.cat(order).argsort()
     answers = Decoded(*(torch.cat(part)[place] for part in zip(*found, strict=True)))
-    key = batch.pair_is_coarse.long().unsqueeze(1)  # of the level only whether it is the last
-    cover = Cover(batch.pair_target, key, batch.pair_x, batch.pair_window.double())
-    mixture = blend(cover, answers, len(batch.y_target), num_levels=2)
+    cover = Cover(
+        batch.pair_target, batch.pair_level[:, None], batch.pair_x, batch.pair_window.double()
+    )
+    mixture = blend(cover, answers, len(batch.y_target), model.config.num_levels)
     return torch.distributions.Normal(mixture.mean, mixture.stddev).log_prob(y)
 
 

@@ -185,7 +185,7 @@ def assert_same_worlds(found, expected):
     """Compare batches whose tiles come in another order; covariances were float32."""
     torch.testing.assert_close(found.y_target, expected.y_target, **EXACT)
     order, other = paired(found), paired(expected)
-    for name in ('pair_target', 'pair_x', 'pair_window', 'pair_is_coarse'):
+    for name in ('pair_target', 'pair_x', 'pair_window', 'pair_level'):
         own, theirs = getattr(found, name)[order], getattr(expected, name)[other]
         torch.testing.assert_close(own, theirs, **EXACT)
     stddev = (expected.variance + expected.noise_variance).sqrt()[other]
@@ -244,7 +244,7 @@ def test_augmenting_follows_the_generator_and_keeps_the_rest():
     assert not torch.equal(first.y_target, other.y_target)
     distance = torch.cdist(batch.pair_x, batch.point_x)
     torch.testing.assert_close(torch.cdist(first.pair_x, first.point_x), distance)
-    for name in ('point_tile', 'pair_tile', 'pair_target', 'pair_window', 'pair_is_coarse'):
+    for name in ('point_tile', 'pair_tile', 'pair_target', 'pair_window', 'pair_level'):
         assert torch.equal(getattr(first, name), getattr(batch, name))
     assert torch.equal(first.summary, batch.summary)
 

@@ -531,7 +531,9 @@ def test_a_prediction_is_the_mixture_of_what_the_tiles_answer():
     for i, output in product(range(N_TARGET), range(2)):
         own = (pairs.cover.index == i).nonzero()[:, 0].tolist()
         logs = [float(answers.log_weight[j, output]) for j in own]
-        window = [float(pairs.cover.window[j]) for j in own]
+        window, level = (part[own].numpy() for part in (pairs.cover.window, pairs.cover.key[:, 0]))
+        of_level = np.bincount(level, window)[level].clip(max=1)
+        window = (window * of_level).tolist()
         weight = [w * np.exp(log - max(logs)) for w, log in zip(window, logs, strict=True)]
         weight = np.array(weight) / np.sum(weight)
         means = answers.mean[own, output].numpy()
