@@ -22,7 +22,7 @@ from cmanp_ros.maps import Code, MapError, StateDirectory
 from cmanp_ros.msg import State
 from cmanp_ros.qos import LATCHED, REQUESTS
 from cmanp_ros.srv import LoadState, MergeState, SaveState, Undo
-from cmanp_ros.worker import TIMEOUT_SEC
+from cmanp_ros.worker import TIMEOUT_SEC, is_over
 
 FORGET_RATE = 1.0  # [Hz]
 AUTOSAVE = 'autosave'  # name of the map that is saved by itself
@@ -248,7 +248,7 @@ class Control:
 
     def _flush(self):
         """Write what changed to the store."""
-        if _is_over(self._flushing):
+        if is_over(self._flushing):
             self._flushing = self._node.in_background(self._node.fleet.own.flush)
 
     def _forget(self):
@@ -263,7 +263,7 @@ class Control:
     def _publish_state(self):
         version = self._node.fleet.own.version
         is_new = version != self._sent_version
-        if is_new and _is_over(self._sending) and self._state.get_subscription_count():
+        if is_new and is_over(self._sending) and self._state.get_subscription_count():
             self._sent_version = version
             self._sending = self._node.in_background(self._send_state)
 
@@ -295,8 +295,3 @@ class Control:
                 node.warn(f'{topic}_{received.reason}', received.text)
 
         node.in_background(receive)
-
-
-def _is_over(future):
-    """Tell whether work in the background has ended, or never began."""
-    return future is None or future.done()

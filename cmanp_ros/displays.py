@@ -15,6 +15,7 @@ from visualization_msgs.msg import MarkerArray
 from cmanp_ros import markers, visualization
 from cmanp_ros.planning import is_free, next_best_views
 from cmanp_ros.qos import LATCHED
+from cmanp_ros.worker import is_over
 
 
 class Displays:
@@ -71,8 +72,7 @@ class Displays:
         node = self._node
         wanted = [name for name, each in self._publishers.items() if each.get_subscription_count()]
         version = (node.fleet.version, tuple(wanted), node.parameters, self._num_costmaps)
-        is_busy = self._publishing is not None and not self._publishing.done()
-        if not wanted or is_busy or version == self._published:
+        if not wanted or not is_over(self._publishing) or version == self._published:
             return
         self._published = version
         self._publishing = node.in_background(lambda: self._publish(wanted))

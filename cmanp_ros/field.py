@@ -103,8 +103,8 @@ class NeuralField:
         model = _load_model(checkpoint, device)
         geometry = OneTile(*bounds)
         if not one_tile:
-            size = max(np.subtract(*bounds[::-1])) / TILES_PER_SIDE
-            lattice = Lattice.of(model.config, size if tile_size is None else tile_size)
+            size = _tile_size(*bounds) if tile_size is None else tile_size
+            lattice = Lattice.of(model.config, size)
             geometry = replace(lattice, dim_x=geometry.dim_x)
         normalization = Normalization(value_offset, value_scale)
         return cls(
@@ -159,8 +159,7 @@ class NeuralField:
     def tile_size(self) -> float:
         """Spacing of the finest tiles [m], or what it would be instead of one tile."""
         if isinstance(self.geometry, OneTile):
-            sides = np.subtract(self.geometry.upper, self.geometry.lower)
-            return float(max(sides)) / TILES_PER_SIDE
+            return _tile_size(self.geometry.lower, self.geometry.upper)
         return self.geometry.tile_size
 
     @property
@@ -538,6 +537,11 @@ class NeuralField:
 
     def _tensor(self, array):
         return torch.as_tensor(array, device=self.model.encoder.latents.device)
+
+
+def _tile_size(lower, upper):
+    """Return the spacing of the finest tiles [m] for bounds."""
+    return float(max(np.subtract(upper, lower))) / TILES_PER_SIDE
 
 
 def _load_model(checkpoint, device):

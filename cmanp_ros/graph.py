@@ -58,6 +58,17 @@ def node_names(node, unique: bool = True) -> list[str]:
     return list(dict.fromkeys(names)) if unique else names
 
 
+def map_nodes(node) -> list[str]:
+    """Return the full names of nodes that are like ours, whatever their name and namespace."""
+    named = {name for name in node_names(node) if name.rpartition('/')[2] == 'cmanp'}
+    owned = {
+        topic.removesuffix('/prediction')
+        for topic, types in node.get_topic_names_and_types()
+        if 'cmanp_ros/msg/Prediction' in types and node.count_publishers(topic)
+    }
+    return sorted(named | owned)
+
+
 def subscriptions(node, reader: str) -> dict[str, tuple[str, QoSProfile]]:
     """
     List what another node subscribes to, after remapping.
@@ -114,18 +125,13 @@ def _conflict(offered: QoSProfile, asked: QoSProfile) -> str:
 
 def _similar(node, topic: str, type: str, reader: str) -> tuple[str, ...]:
     """Find topics of the type that somebody else publishes, the most similar name first."""
-    topics = node.get_topic_names_and_types()
-    maps = {  # what another map predicts is no observation
-        name.removesuffix('prediction')
-        for name, types in topics
-        if 'cmanp_ros/msg/Prediction' in types
-    }
+    maps = tuple(f'{name}/' for name in map_nodes(node))  # what they predict is no observation
     found = [
         name
-        for name, types in topics
+        for name, types in node.get_topic_names_and_types()
         if name != topic
         and type in types
-        and not name.startswith(tuple(maps))
+        and not name.startswith(maps)
         and _is_published(node, name, type, reader)
     ]
     found.sort(key=lambda name: -difflib.SequenceMatcher(None, topic, name).ratio())

@@ -4,7 +4,7 @@ The ROS 2 node: wiring only.
 ::
 
     observations -> intake -> worker -> map <- worker <- answers <- queries, requests
-                                         |- views -> grids, markers
+                                         |- displays -> grids, markers
                                          ^- control: pause, reset, save, load, merge, undo, peers
 """
 

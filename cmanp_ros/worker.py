@@ -13,6 +13,11 @@ from typing import Any
 TIMEOUT_SEC = 30.0  # that whoever asks should wait for an answer at most
 
 
+def is_over(future: Future | None) -> bool:
+    """Tell whether work in the background has ended, or never began."""
+    return future is None or future.done()
+
+
 class Worker:
     """
     One thread, two queues: answers go first, so that a burst of observations delays no client.

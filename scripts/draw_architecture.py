@@ -1,4 +1,4 @@
-"""Draw docs/images/architecture.svg: the way of the data, from messages to answers and views."""
+"""Draw docs/images/architecture.svg: the way of the data, from messages to what is shown."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ BOXES = {  # name: (x, y, what it does, color)
     'core': (3.0, 1.8, 'tiles: two memories', PLAIN),
     'store': (1.0, 1.8, 'tiles on disk', PLAIN),
     'answers': (5.0, 0.6, 'queries, requests', ROS),
-    'views': (7.0, 0.6, 'grids, markers', ROS),
+    'displays': (7.0, 0.6, 'grids, markers', ROS),
     'control': (3.0, 0.6, 'save, merge, undo', ROS),
     'status': (1.0, 0.6, 'why nothing comes', ROS),
 }
@@ -32,7 +32,7 @@ ARROWS = [
     ('field', 'core'),
     ('core', 'store'),
     ('field', 'answers'),
-    ('worker', 'views'),
+    ('worker', 'displays'),
     ('control', 'field'),
 ]
 BOTH_WAYS = {('core', 'store'), ('field', 'core'), ('control', 'field'), ('field', 'answers')}

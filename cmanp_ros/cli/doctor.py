@@ -73,7 +73,10 @@ def examine(context, namespace='/', name='cmanp', timeout_sec=5.0, show=print) -
     :param show: takes each line of the report.
     :return: exit status: 0 healthy, 1 a problem was found.
     """
-    visit = Visit(context, f'/{namespace.strip("/")}'.rstrip('/') + f'/{name}', timeout_sec)
+    from cmanp_ros import graph
+
+    target = graph.full_name(f'/{namespace.strip("/")}', name)
+    visit = Visit(context, target, timeout_sec)
     try:
         visit.ask_node()
         visit.look_at_topics()
@@ -203,7 +206,7 @@ class Visit:
             node=self.target,
             lifecycle=self.lifecycle,
             num_alike=graph.node_names(self.node, unique=False).count(self.target),
-            others=tuple(name for name in _cmanp_nodes(self.node) if name != self.target),
+            others=tuple(name for name in graph.map_nodes(self.node) if name != self.target),
             sources=tuple(finding.source for finding in self.findings),
             map_frame=self.map_frame,
             clock=self.clock,
@@ -503,19 +506,6 @@ def _report_clock(clock: ClockView, line) -> None:
         line('problem', 'clock', f'use_sim_time is true and /clock {what}')
 
 
-def _cmanp_nodes(node) -> list[str]:
-    """Return the full names of nodes that are like ours, whatever their name and namespace."""
-    from cmanp_ros import graph
-
-    named = {name for name in graph.node_names(node) if name.rpartition('/')[2] == 'cmanp'}
-    owned = {
-        topic.removesuffix('/prediction')
-        for topic, types in node.get_topic_names_and_types()
-        if 'cmanp_ros/msg/Prediction' in types and node.count_publishers(topic)
-    }
-    return sorted(named | owned)
-
-
 def _tf_buffer(node):
     """Listen to TF on a node; return None where tf2_ros is not installed."""
     if find_spec('tf2_ros') is None:
@@ -527,6 +517,12 @@ def _tf_buffer(node):
     return buffer
 
 
+def add_node_options(parser):
+    """Add the options that say which node is looked at."""
+    parser.add_argument('--namespace', default='/', help='of the node, such as /robot1')
+    parser.add_argument('--name', default='cmanp', help='of the node (default: cmanp)')
+
+
 def _options(arguments):
     """Read and check the options."""
     parser = argparse.ArgumentParser(
@@ -534,8 +530,7 @@ def _options(arguments):
         description='Say why a node maps nothing, and what to do. Exit status: 0 healthy, '
         '1 a problem was found, 2 could not look.',
     )
-    parser.add_argument('--namespace', default='/', help='of the node, such as /robot1')
-    parser.add_argument('--name', default='cmanp', help='of the node (default: cmanp)')
+    add_node_options(parser)
     parser.add_argument(
         '--timeout',
         type=float,

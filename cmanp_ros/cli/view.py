@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 from importlib import import_module
 
+from cmanp_ros.cli.doctor import add_node_options
 from cmanp_ros.core.errors import CMANPError
 from cmanp_ros.optional import library
 
@@ -120,8 +121,7 @@ def _options(arguments):
         epilog='From another computer: ssh -L 8765:localhost:8765 ROBOT, and open '
         'http://localhost:8765/ there.',
     )
-    parser.add_argument('--namespace', default='/', help='of the node, such as /robot1')
-    parser.add_argument('--name', default='cmanp', help='of the node (default: cmanp)')
+    add_node_options(parser)
     parser.add_argument(
         '--host',
         default='localhost',

@@ -23,12 +23,11 @@ from cmanp_ros.conversions import (
 from cmanp_ros.core.errors import TransformError
 from cmanp_ros.motion import rotation_from_quaternion
 from cmanp_ros.parameters import parameters_from
-from cmanp_ros.recordings.folding import Folding
 from cmanp_ros.recordings.shards import Job
 from cmanp_ros.recordings.transform_tree import TransformTree
 
 sys.path.append(str(Path(__file__).parent.parent / 'unit'))
-from recording_files import TYPES  # noqa: E402
+from recording_files import TYPES, folded  # noqa: E402
 
 PARAMETERS = {
     'sources': ['lidar', 'observations', 'gauge'],
@@ -94,13 +93,7 @@ def played(path, client, node):
 
 def replayed(path):
     """Return the map of a replay, and what became of the points."""
-    job = Job((str(path),), (), parameters_from(PARAMETERS))
-    field = job.empty()
-    with job.open() as recording:
-        folding = Folding(recording, field)
-        for _ in folding.run():
-            pass
-    return field, folding.report
+    return folded(Job((str(path),), (), parameters_from(PARAMETERS)))
 
 
 def check_same(node, field, report):

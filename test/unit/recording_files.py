@@ -9,6 +9,7 @@ from rosbags.rosbag2 import StoragePlugin, Writer  # noqa: E402
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore  # noqa: E402
 
 from cmanp_ros.recordings.bags import known_types  # noqa: E402
+from cmanp_ros.recordings.folding import Folding  # noqa: E402
 
 TYPES = get_typestore(Stores.ROS2_JAZZY)
 TYPES.register({name: known_types().fielddefs[name] for name in ['cmanp_ros/msg/Observations']})
@@ -104,3 +105,13 @@ def write_bag(path, messages, storage='mcap', raw=()):
                 connections[topic] = writer.add_connection(topic, kind, typestore=TYPES)
             writer.write(connections[topic], round(seconds * 1e9), bytes(data))
     return path
+
+
+def folded(job):
+    """Fold here; return the map and the report."""
+    field = job.empty()
+    with job.open() as recording:
+        folding = Folding(recording, field)
+        for _ in folding.run():
+            pass
+    return field, folding.report

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from recording_files import cloud, temperature, transform, write_bag
+from recording_files import cloud, folded, temperature, transform, write_bag
 
 from cmanp_ros import cli, maps
 from cmanp_ros.cli import replay
@@ -17,7 +17,6 @@ from cmanp_ros.field import NeuralField
 from cmanp_ros.maps import StateDirectory
 from cmanp_ros.parameters import parameters_from
 from cmanp_ros.recordings import shards
-from cmanp_ros.recordings.folding import Folding
 
 UNITS = {'value_offset': 3.0, 'value_scale': 2.0, 'tile_size': 5.0}
 
@@ -41,16 +40,6 @@ def bag(tmp_path):
 def job(path, **values):
     """Return what is to be folded."""
     return shards.Job((str(path),), (), parameters_from(UNITS | values))
-
-
-def folded(job):
-    """Fold here; return the map and the report."""
-    field = job.empty()
-    with job.open() as recording:
-        folding = Folding(recording, field)
-        for _ in folding.run():
-            pass
-    return field, folding.report
 
 
 def states(field):
