@@ -171,9 +171,11 @@ def load_reference(state_dict: dict, config: CMANPConfig) -> CMANP:
     :raises CheckpointError: naming unknown, missing or wrongly shaped keys.
     """
     model = CMANP(config)
+    if config.autoregressive is not None:  # it also holds a diagonal head that it does not use
+        state_dict = {k: v for k, v in state_dict.items() if not k.startswith('predictor.')}
     ours = {}
     for name in model.state_dict():
-        ours |= {key: name for key in _reference_names(name, config.num_blocks)}
+        ours |= {key: name for key in _reference_names(name, config)}
     expected = {}
     for key, name in ours.items():
         shape = tuple(model.state_dict()[name].shape)
@@ -181,7 +183,7 @@ def load_reference(state_dict: dict, config: CMANPConfig) -> CMANP:
     _compare({k: tuple(v.shape) for k, v in state_dict.items()}, expected, 'reference weights')
     tensors = {}
     for name in model.state_dict():
-        parts = [state_dict[key] for key in _reference_names(name, config.num_blocks)]
+        parts = [state_dict[key] for key in _reference_names(name, config)]
         tensors[name] = torch.stack(parts) if _is_stacked(name) else parts[0]
     model.load_state_dict(tensors)
     return model.eval().requires_grad_(False)
@@ -217,7 +219,7 @@ def _is_stacked(name):
     return _stacked_prefix(name) is not None
 
 
-def _reference_names(name, num_blocks):
+def _reference_names(name, config):
     """
     Return the reference's name of one of our weights, or one name for each block of a stack.
     """
@@ -225,13 +227,17 @@ def _reference_names(name, num_blocks):
     prefix = _stacked_prefix(name)
     if prefix is not None:
         rest = '.'.join([_STACKED[prefix], *parts[2:]])
-        return [f'encoder.layers.{block}.{rest}' for block in range(num_blocks)]
+        return [f'encoder.layers.{block}.{rest}' for block in range(config.num_blocks)]
     if name.startswith('encoder.integrations.'):
         rest = '.'.join([_NESTED[parts[3]], *parts[4:]])
         return [f'encoder.layers.{parts[2]}.{rest}']
     if name.startswith('decoder.'):
         layer = {'cross_attention': 'cross_attn', 'feedforward': 'cross_ff'}[parts[2]]
         return ['.'.join(['decoder.layers', parts[1], layer, *parts[3:]])]
+    if config.autoregressive is not None:
+        name = name.replace('covariance_head.transformer.', 'std_encoder.')
+        name = name.replace('covariance_head.projector.', 'projector.')
+        name = name.replace('predictor.', 'mean_net.')
     return ['latents' if name == 'encoder.latents' else name]
 
 

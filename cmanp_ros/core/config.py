@@ -1,7 +1,7 @@
 """One frozen, validated description of a model; it travels inside the checkpoint."""
 
 from dataclasses import asdict, dataclass, fields
-from math import isfinite
+from math import inf, isfinite
 
 from cmanp_ros.core.errors import ConfigError
 
@@ -31,13 +31,18 @@ class LeastSquaresConfig:
     """
     offset_variance: float = 4.0
     """Prior variance of the constant about the mean of a tile's values, relative to the squared
-    amplitude."""
+    amplitude; 0 for fields that are known to have mean 0."""
     slope_variance: float = 0.05
     """The same for the linear functions: narrow, or half-seen maps extrapolate wildly."""
     voxels_per_axis: int = 15
     """Resolution of the map of where points lay, over [-2, 2]: about that of the basis."""
     points_per_voxel: float = 1.0
     """Points of a voxel that count in full; see `least_squares.solve`."""
+    num_averaged: int = 6
+    """Settings of the grid, those of most evidence, that a prediction averages."""
+    noise_stddev: float | None = None
+    """Where the noise of observations is known [model units]: the amplitude then follows from each
+    noise ratio and is not integrated out."""
 
     def __post_init__(self):
         _require_counts(self)
@@ -52,12 +57,36 @@ class LeastSquaresConfig:
             'points_per_voxel',
             'amplitude_shape',
             'amplitude_scale',
-            'offset_variance',
-            'slope_variance',
+            'noise_stddev',
         ):
             value = getattr(self, name)
-            _require(isfinite(value) and value > 0, name, value, 'a positive number')
+            known = value is not None or name != 'noise_stddev'
+            valid = not known or (isfinite(value) and value > 0)
+            _require(valid, name, value, 'a positive number')
+        for name in ('offset_variance', 'slope_variance'):
+            value = getattr(self, name)
+            _require(isfinite(value) and value >= 0, name, value, 'a number of at least 0')
         _require(self.amplitude_shape > 1, 'amplitude_shape', self.amplitude_shape, 'above 1')
+
+
+@dataclass(frozen=True)
+class AutoregressiveConfig:
+    """
+    CMANP-AND: a full covariance over blocks of targets, each folded in before the next.
+    """
+
+    block_size: int = 10
+    """Targets that share a covariance (b_Q of the paper)."""
+    num_layers: int = 2
+    """Of the transformer through which the targets of a block see each other."""
+    rank: int = 20
+    """Columns of the factor of the covariance, per block."""
+    depth: int = 4
+    """Linear layers of the map to that factor."""
+
+    def __post_init__(self):
+        _require_counts(self)
+        _require(self.depth >= 2, 'depth', self.depth, 'at least 2')
 
 
 @dataclass(frozen=True)
@@ -78,9 +107,15 @@ class CMANPConfig:
     bounded_stddev: bool = False
     inducing_points: bool = False
     """Fourier features of x, latents that start on a grid, and a learned null point."""
+    location_lengths: tuple[float, float] = (0.3, 2.0)
+    """Shortest and longest scale of those features [model units]."""
     chunk_size: int = 1024
     """Points folded at once (b_C of the paper): bounds memory, never the result."""
     least_squares: LeastSquaresConfig | None = None
+    autoregressive: AutoregressiveConfig | None = None
+    """CMANP-AND, of the `paper` preset only: with least squares the joint is in closed form."""
+    num_global: int = 0
+    """Dimensions of the global latent variable of the stochastic variant; 0: there is none."""
     num_levels: int = 1
     """Levels of tiles that predict together; 1 in the `paper` preset."""
     level_factor: int = 3
@@ -101,7 +136,17 @@ class CMANPConfig:
                 self.dim_model,
                 f'a multiple of 2 * num_heads = {2 * self.num_heads}: cosines and sines',
             )
+        lengths = tuple(float(length) for length in self.location_lengths)
+        object.__setattr__(self, 'location_lengths', lengths)
+        ordered = len(lengths) == 2 and 0 < lengths[0] < lengths[1] < inf
+        _require(ordered, 'location_lengths', lengths, 'two positive numbers, the shorter first')
         _require(self.embedder_depth >= 2, 'embedder_depth', self.embedder_depth, 'at least 2')
+        exclusive = [self.least_squares, self.autoregressive, self.num_global or None]
+        if sum(part is not None for part in exclusive) > 1:
+            raise ConfigError(
+                'least_squares, autoregressive and num_global exclude each other: expected at '
+                'most one of them; least squares has a joint distribution of its own'
+            )
         _require(self.level_factor >= 2, 'level_factor', self.level_factor, 'at least 2')
 
     @classmethod
@@ -144,8 +189,10 @@ class CMANPConfig:
         :raises ConfigError: for an unknown or missing key, or a value out of range.
         """
         values = dict(values)
-        if values.get('least_squares') is not None:
-            values['least_squares'] = _checked(LeastSquaresConfig, values['least_squares'])
+        parts = {'least_squares': LeastSquaresConfig, 'autoregressive': AutoregressiveConfig}
+        for name, part in parts.items():
+            if values.get(name) is not None:
+                values[name] = _checked(part, values[name])
         return _checked(cls, values)
 
 
@@ -166,7 +213,9 @@ def _require_counts(config):
         if field.type in (int, 'int'):
             value = getattr(config, field.name)
             is_count = isinstance(value, int) and not isinstance(value, bool)
-            _require(is_count and value >= 1, field.name, value, 'an integer of at least 1')
+            least = 0 if field.default == 0 else 1
+            expected = f'an integer of at least {least}'
+            _require(is_count and value >= least, field.name, value, expected)
 
 
 def _require(condition, name, value, expected):

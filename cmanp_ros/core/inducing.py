@@ -16,7 +16,7 @@ class FourierFeatures(nn.Module):
     Cosines and sines of location at fixed random frequencies, spread evenly over the heads.
     """
 
-    def __init__(self, dim_x, dim_model, num_heads, shortest=0.3, longest=2.0, seed=0):
+    def __init__(self, dim_x, dim_model, num_heads, shortest, longest, seed=0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         per_head = dim_model // num_heads // 2

@@ -312,10 +312,16 @@ def default_scale(config: LeastSquaresConfig, batch: int, dim_y: int, device=Non
 
 def log_evidence(config: LeastSquaresConfig, e: Evidence, scale: Tensor) -> Tensor:
     """
-    Return the log evidence of every setting, amplitude integrated out, (batch, settings, dim_y).
+    Return the log evidence of every setting, (batch, settings, dim_y).
+
+    The amplitude is integrated out, or follows from the noise where that is known.
 
     :param scale: (batch, dim_y) of the amplitude's inverse-gamma prior.
     """
+    if config.noise_stddev is not None:
+        known = _amplitudes(config, e, scale)
+        occam = e.log_determinant.unsqueeze(-1) + e.count[:, None, None] / 2 * known.log()
+        return -e.residual / known - occam
     shape = (config.amplitude_shape + e.count / 2)[:, None, None]
     return -shape * (scale.unsqueeze(1) + e.residual).log() - e.log_determinant.unsqueeze(-1)
 
@@ -330,6 +336,13 @@ def amplitude(config: LeastSquaresConfig, e: Evidence, scale: Tensor, weight: Te
 
 
 def _amplitudes(config, e, scale):
+    """
+    Return the squared amplitude of every setting, or its posterior mean: (batch, settings, dim_y).
+    """
+    if config.noise_stddev is not None:
+        ratios = _grid(config)[:, 1].exp().to(e.residual.device)
+        known = (config.noise_stddev / ratios).square()
+        return known.unsqueeze(-1).expand_as(e.residual)
     shape = (config.amplitude_shape + e.count / 2)[:, None, None]
     return (scale.unsqueeze(1) + e.residual) / (shape - 1)
 
@@ -341,13 +354,11 @@ def posterior(
     e: Evidence,
     scale: Tensor,
     log_weight: Tensor,
-    num_kept: int = 6,
 ) -> Regression:
     """
     Average the regression over settings, in two exact moments of the weights.
 
     :param log_weight: (batch, settings, dim_y): log evidence, shared among tiles or not.
-    :param num_kept: settings of most weight that are kept of the average.
     :return: posterior of the weights; `summary` holds the posterior means of log length, log
         noise ratio, 1 / smoothness, the spread of the first two, log amplitude over its prior,
         log(1 + effective count), and log(effective count / count).
@@ -358,7 +369,7 @@ def posterior(
     weight = log_weight.softmax(1)  # (batch, settings, dim_y)
     amplitude2 = _amplitudes(config, e, scale)
 
-    kept = weight.sum(-1).topk(min(num_kept, weight.shape[1]), dim=1).indices
+    kept = weight.sum(-1).topk(min(config.num_averaged, weight.shape[1]), dim=1).indices
     total = weight.gather(1, kept.unsqueeze(-1).expand(-1, -1, weight.shape[-1])).sum(1)
     mean, covariance, noise = 0, 0, 0
     settings = []
@@ -398,17 +409,13 @@ def posterior(
     return Regression(mean, covariance, noise, summary)
 
 
-def solve(
-    config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums, num_kept: int = 6
-) -> Regression:
+def solve(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums) -> Regression:
     """
     Solve the regression of each tile on its own: its own evidence, the default amplitude prior.
     """
     found = evidence(config, variances, a)
     scale = default_scale(config, len(a.count), a.moment.shape[-1], a.moment.device)
-    return posterior(
-        config, variances, a, found, scale, log_evidence(config, found, scale), num_kept
-    )
+    return posterior(config, variances, a, found, scale, log_evidence(config, found, scale))
 
 
 def _honest_sums(config, a):
@@ -421,6 +428,8 @@ def _honest_sums(config, a):
     honesty = _honesty(config, a)  # (batch,)
     gram, constant = unpack(a.gram), _constant(config, a.moment.shape[1])
     center = a.moment[:, constant] / a.count.clamp(min=1e-300).unsqueeze(-1)
+    if not config.offset_variance:  # the mean is known to be 0
+        center = torch.zeros_like(center)
     moment = a.moment - gram[:, :, constant].unsqueeze(-1) * center.unsqueeze(1)
     sum_squares = (a.sum_squares - center * a.moment[:, constant]).clamp(min=0)
     return (

@@ -6,9 +6,11 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from cmanp_ros.core import inducing, least_squares
 from cmanp_ros.core.attention import AttentionSums
+from cmanp_ros.core.autoregressive import CovarianceHead
 from cmanp_ros.core.blocks import DecoderLayer, mlp
 from cmanp_ros.core.config import CMANPConfig
 from cmanp_ros.core.encoder import Encoder
@@ -16,6 +18,7 @@ from cmanp_ros.core.errors import InputError
 from cmanp_ros.core.least_squares import Regression
 from cmanp_ros.core.predictive import PredictiveDistribution
 from cmanp_ros.core.state import State, merge
+from cmanp_ros.core.stochastic import GlobalVariable
 
 TARGETS_AT_ONCE = 4096  # bounds the memory of a prediction
 
@@ -28,6 +31,8 @@ class Encoding(NamedTuple):
     projected: list[Tensor]
     """For each decoder layer, keys and values of the latents (batch, num_latents, 2 * dim)."""
     regression: Regression | None
+    global_variable: Normal | None
+    """Of the stochastic variant, over (batch, num_global)."""
 
 
 class Prior(NamedTuple):
@@ -76,13 +81,17 @@ class CMANP(nn.Module):
         dim_context, dim_target = config.dim_x + config.dim_y, config.dim_x
         self.location = None
         if config.inducing_points:
-            self.location = inducing.FourierFeatures(config.dim_x, dim, config.num_heads)
+            self.location = inducing.FourierFeatures(
+                config.dim_x, dim, config.num_heads, *config.location_lengths
+            )
             dim_context, dim_target = dim + 25 * config.dim_y, dim
         num_outputs = 2
         if config.least_squares is not None:
             num_features = 3 + least_squares.NUM_SUMMARIES + num_context(config)
             dim_target += config.dim_y * num_features
             num_outputs = 3
+        if config.autoregressive is not None:
+            num_outputs = 1
         self.embedder = mlp(dim_context, dim, dim, depth)
         self.query_embedder = mlp(dim_target, dim, dim, depth)
         self.encoder = Encoder(config)
@@ -92,6 +101,8 @@ class CMANP(nn.Module):
         )
         self.norm = nn.LayerNorm(dim)
         self.predictor = mlp(dim, config.dim_feedforward, num_outputs * config.dim_y, 2)
+        self.covariance_head = config.autoregressive and CovarianceHead(config)
+        self.global_variable = GlobalVariable(config) if config.num_global else None
         if config.inducing_points:
             inducing.initialize(self)
         if config.least_squares is not None:
@@ -167,18 +178,15 @@ class CMANP(nn.Module):
         Predict observations at targets.
 
         :param x_target: (batch, n, dim_x) in model units.
-        :param joint: also return the covariance over the targets: n^2 numbers. Without the
-            least-squares memory targets are independent.
+        :param joint: also return the covariance over the targets: n^2 numbers. In CMANP-AND that
+            of one block; without a covariance head and least squares targets are independent.
         :raises InputError: for wrong shapes or values that are not finite.
         """
         self._check(state, x_target, self.config.dim_x, 'x_target')
         if not torch.isfinite(x_target).all():
             raise InputError('x_target has NaN or infinite numbers; drop those targets first')
         encoding = self.encoding(state)
-        parts = [
-            self.decode(encoding.projected, chunk, self.regress(encoding, chunk))[:2]
-            for chunk in x_target.split(TARGETS_AT_ONCE, 1)
-        ]
+        parts = [self._marginals(encoding, part) for part in x_target.split(TARGETS_AT_ONCE, 1)]
         mean, stddev = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         covariance = self._covariance(encoding, x_target, stddev) if joint else None
         return PredictiveDistribution(mean, stddev, covariance)
@@ -207,6 +215,26 @@ class CMANP(nn.Module):
             deviation = phi @ weights - prior.mean.unsqueeze(1)  # (batch, samples, n, dim_y)
             parts.append((mean.unsqueeze(1) + deviation * ratio.unsqueeze(1)).transpose(0, 1))
         return torch.cat(parts, 2)
+
+    def _marginals(self, encoding, x):
+        """
+        Return mean and stddev at targets.
+        """
+        if self.covariance_head is not None:
+            alone = x.flatten(0, 1).unsqueeze(1)  # blocks of one target
+            projected = [part.repeat_interleave(x.shape[1], 0) for part in encoding.projected]
+            mean, factor = self.decode_block(projected, alone)
+            stddev = factor.square().sum(-1).sqrt()
+            return (part.unflatten(0, x.shape[:2]) for part in (mean, stddev))
+        if self.global_variable is None:
+            return self.decode(encoding.projected, x, self.regress(encoding, x))[:2]
+        answers = [
+            self.decode(encoding.projected, x, None, sample)
+            for sample in self.global_variable.quantile_samples(encoding.global_variable)
+        ]
+        mean = sum(answer.mean for answer in answers) / len(answers)
+        spread = [a.stddev.square() + (a.mean - mean).square() for a in answers]
+        return mean, (sum(spread) / len(answers)).sqrt()
 
     def encoding(self, state: State) -> Encoding:
         """
@@ -243,7 +271,9 @@ class CMANP(nn.Module):
         regression = config and least_squares.solve(
             config, least_squares.prior_variances(config, self.config.dim_x), state.least_squares
         )
-        return Encoding(self.latents(state.attention), regression)
+        latents = self.encoder(state.attention)
+        variable = self.global_variable and self.global_variable(latents[-1])
+        return Encoding(self._project(latents), regression, variable)
 
     def latents(self, sums: AttentionSums) -> list[Tensor]:
         """
@@ -251,10 +281,11 @@ class CMANP(nn.Module):
 
         :return: for each layer (batch, num_latents, 2 * dim_model).
         """
-        return [
-            layer.cross_attention.keys_and_values(z)
-            for layer, z in zip(self.decoder, self.encoder(sums), strict=True)
-        ]
+        return self._project(self.encoder(sums))
+
+    def _project(self, latents):
+        layers = zip(self.decoder, latents, strict=True)
+        return [layer.cross_attention.keys_and_values(z) for layer, z in layers]
 
     def regress(self, encoding: Encoding, x: Tensor) -> Prior | None:
         """
@@ -270,24 +301,21 @@ class CMANP(nn.Module):
         context[..., 1] = 1.0  # the level of this tile covers the target, no other does
         return Prior(mean, variance, noise, regression.summary.unsqueeze(1), context)
 
-    def decode(self, projected: list[Tensor], x: Tensor, prior: Prior | None) -> Decoded:
+    def decode(
+        self,
+        projected: list[Tensor],
+        x: Tensor,
+        prior: Prior | None,
+        global_sample: Tensor | None = None,
+    ) -> Decoded:
         """
         Predict observations at targets of each tile.
 
         :param projected: what `latents` gave.
         :param x: (batch, n, dim_x) in model units.
+        :param global_sample: (batch, num_global), of the stochastic variant.
         """
-        x = x.to(self.encoder.latents.dtype)
-        place = x if self.location is None else self.location(x)
-        inputs = [place]
-        if prior is not None:
-            inputs.append(self._prior_features(prior, place))
-        h = self.query_embedder(torch.cat(inputs, -1))
-        if self.location is not None:
-            h = h + place
-        for layer, keys_and_values in zip(self.decoder, projected, strict=True):
-            h = layer(h, keys_and_values)
-        output = self.predictor(self.norm(h))
+        output = self.predictor(self._decode_tokens(projected, x, prior, global_sample))
         if prior is not None:
             first, second, third = output.double().chunk(3, -1)
             stddev = (prior.variance + prior.noise_variance).sqrt()
@@ -300,6 +328,31 @@ class CMANP(nn.Module):
         stddev = 0.05 + 0.95 * nn.functional.softplus(second) if bounded else second.exp()
         return Decoded(first, stddev, torch.ones_like(first), torch.zeros_like(first))
 
+    def decode_block(self, projected: list[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Predict the targets of one block together, by the covariance head of CMANP-AND.
+
+        :param x: (batch, n, dim_x) in model units.
+        :return: mean (batch, n * dim_y) and Cholesky factor (batch, n * dim_y, n * dim_y).
+        """
+        h = self._decode_tokens(projected, x)
+        return self.predictor(h).flatten(1), self.covariance_head(h)
+
+    def _decode_tokens(self, projected, x, prior=None, global_sample=None):
+        x = x.to(self.encoder.latents.dtype)
+        place = x if self.location is None else self.location(x)
+        inputs = [place]
+        if prior is not None:
+            inputs.append(self._prior_features(prior, place))
+        h = self.query_embedder(torch.cat(inputs, -1))
+        if self.location is not None:
+            h = h + place
+        if global_sample is not None:
+            h = h + self.global_variable.to_token(global_sample).unsqueeze(1)
+        for layer, keys_and_values in zip(self.decoder, projected, strict=True):
+            h = layer(h, keys_and_values)
+        return self.norm(h)
+
     def _prior_features(self, prior, place):
         logs = (
             0.5
@@ -311,6 +364,8 @@ class CMANP(nn.Module):
 
     def _covariance(self, encoding, x, stddev):
         regression = encoding.regression
+        if self.covariance_head is not None:
+            return self._block_covariance(encoding, x)
         if regression is None:
             return torch.diag_embed(stddev.square().mT)
         config = self.config.least_squares
@@ -320,6 +375,16 @@ class CMANP(nn.Module):
         covariance = covariance + noise * eye
         ratio = stddev.mT / covariance.diagonal(dim1=-2, dim2=-1).sqrt()  # (batch, dim_y, n)
         return covariance * ratio.unsqueeze(-1) * ratio.unsqueeze(-2)
+
+    def _block_covariance(self, encoding, x):
+        size = self.config.autoregressive.block_size
+        if x.shape[1] > size or self.config.dim_y > 1:
+            raise InputError(
+                f'{x.shape[1]} targets with {self.config.dim_y} values each, expected one block of '
+                f'at most {size} with one value: use autoregressive.sample or joint_log_prob'
+            )
+        factor = self.decode_block(encoding.projected, x)[1]
+        return (factor @ factor.mT).unsqueeze(1)
 
     def _check(self, state, value, dim, name):
         if value.dim() != 3 or len(value) != state.batch or value.shape[-1] != dim:

@@ -131,6 +131,15 @@ def select(state: State, tiles) -> State:
     return from_tensors({name: value[tiles] for name, value in state.tensors().items()})
 
 
+def repeat(state: State, times: int) -> State:
+    """
+    Return the whole batch again and again, `times` in all.
+    """
+    return from_tensors(
+        {k: v.repeat(times, *[1] * (v.dim() - 1)) for k, v in state.tensors().items()}
+    )
+
+
 def forget(state: State, factor: float) -> State:
     """
     Weight every point folded so far by `factor` against points to come; exact.

@@ -1,13 +1,17 @@
 """
-Train a field model: resumable, one optimizer step for each batch, log beside the checkpoint.
+Train a model: resumable to the same result, alone or in several processes.
+
+A folder holds one training: `settings.json` (its recipe), `last.safetensors` (to go on from),
+`model.safetensors` and `best.safetensors` (to predict with), `log.csv`.
 """
 
 import csv
 import json
+import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from math import cos, pi
+from contextlib import suppress
+from math import cos, inf, pi
 from pathlib import Path
 
 import torch
@@ -15,210 +19,230 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from cmanp_ros.checkpoint import save_model
-from cmanp_ros.core import CMANP, CMANPConfig
-from cmanp_ros.core.attention import AttentionSums
-from cmanp_ros.core.blending import blend
+from cmanp_ros.checkpoint import load_model, save_model
+from cmanp_ros.core import CMANP
 from cmanp_ros.core.errors import ConfigError
-from cmanp_ros.core.lattice import Cover
-from cmanp_ros.core.model import Decoded, Prior
-from cmanp_ros.core.world import AT_ONCE, groups
-from cmanp_ros.training.batches import Batch, Batches, augment
+from cmanp_ros.training import distributed, priors
+from cmanp_ros.training.batches import MapBatches, WorldBatches
+from cmanp_ros.training.objectives import soften
+from cmanp_ros.training.recipe import Recipe, WorldPrior
 
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """
-    What to train, on how much, into which folder.
-    """
-
-    folder: str
-    steps: int = 10_000
-    num_batches: int = 2_000
-    """Distinct batches; each comes back mirrored and swapped."""
-    batch_size: int = 8
-    """Worlds in each."""
-    max_context: int = 1200
-    num_target: int = 48
-    learning_rate: float = 1e-3
-    warmup: int = 300
-    seed: int = 0
-    workers: int = 1
-    """Processes that make batches."""
-
-    def __post_init__(self):
-        for name in ('steps', 'num_batches', 'batch_size', 'max_context', 'num_target'):
-            if getattr(self, name) < 1:
-                raise ConfigError(f'{name} is {getattr(self, name)}, expected at least 1')
+SAVE_EVERY = 250  # steps
+NUM_HELD_OUT = 16  # batches
 
 
 def train(
-    model_config: CMANPConfig,
-    config: TrainingConfig,
-    on_step: Callable[[int, float], bool | None] = lambda step, loss: None,
+    recipe: Recipe,
+    folder,
+    on_step: Callable[[int, float, float | None], bool | None] = lambda *_: None,
+    num_workers: int = 0,
+    device: str = 'cpu',
+    draw: Callable = priors.world_task,
+    command: str = '',
 ) -> Path:
     """
     Train from scratch, or go on where the folder's last checkpoint stands.
 
-    :param on_step: called after every step with its number and loss; True stops cleanly.
+    :param on_step: called after every step with its number, its loss, and the loss on held-out
+        tasks or None; True stops cleanly.
+    :param num_workers: processes that make batches.
+    :param draw: of one world, for recorded ones.
+    :param command: kept in the model file.
     :return: the model file.
+    :raises ConfigError: for a folder in which something else was trained.
     """
-    folder = Path(config.folder)
-    _check(folder, model_config, config)
-    torch.manual_seed(config.seed)
-    model = CMANP(model_config)
-    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=1e-2)
-    start, seconds = _resume(folder, model, optimizer)
-    batches = Batches(
-        model_config,
-        folder / 'batches',
-        config.num_batches,
-        config.batch_size,
-        config.max_context,
-        config.num_target,
-        config.seed,
+    folder, part = Path(folder), distributed.start()
+    if recipe.batch_size % part[1]:
+        raise ConfigError(
+            f'batch_size is {recipe.batch_size}, expected a multiple of the {part[1]} processes'
+        )
+    is_first = part[0] == 0
+    if is_first:
+        _check(folder, recipe)
+    torch.manual_seed(recipe.seed)
+    model = _new_model(recipe).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay
     )
-    order = _order(config)[start : config.steps]
+    progress = _resume(folder, model, optimizer, device)
+    data = _batches(recipe, folder / 'batches', False, draw)
+    held_out = _batches(recipe, folder / 'held_out', True, draw)
     loader = DataLoader(
-        batches,
+        data,
         batch_size=None,
-        sampler=order,
-        num_workers=config.workers,
-        prefetch_factor=4 if config.workers else None,
-        multiprocessing_context='spawn' if config.workers else None,
+        sampler=data.order()[progress['step'] :],
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+        multiprocessing_context='spawn' if num_workers else None,
     )
+    board = _tensorboard(folder) if is_first else None
     model.train()
-    started, stop = time.monotonic() - seconds, False
-    for step, tensors in enumerate(loader, start + 1):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        loss = -_soften(batch_log_likelihood(model, augment(Batch(**tensors), generator))).mean()
+    began = time.monotonic() - progress['seconds']
+    for step, tensors in enumerate(loader, progress['step'] + 1):
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        tensors = {name: value.to(device) for name, value in tensors.items()}
+        loss = _loss(recipe, data, model, tensors, generator, part)
         for group in optimizer.param_groups:
-            group['lr'] = config.learning_rate * _schedule(step, config)
+            group['lr'] = recipe.learning_rate * schedule(step, recipe)
         optimizer.zero_grad()
         loss.backward()
+        loss = loss.detach()
+        distributed.average([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        stop = bool(on_step(step, loss.item()))
-        _log(folder, step, loss.item(), time.monotonic() - started)
-        if step % 250 == 0 or step == config.steps or stop:
-            _save(folder, model, optimizer, step, time.monotonic() - started, config)
+
+        is_last, validation = step == recipe.steps, None
+        if step % recipe.validate_every == 0 or is_last:
+            validation = _validate(recipe, held_out, model, device, part)
+        stop = bool(on_step(step, loss.item(), validation))
+        progress |= {'step': step, 'seconds': time.monotonic() - began}
+        if not is_first:
+            if stop:
+                break
+            continue
+        _log(folder, board, step, loss.item(), validation, progress['seconds'])
+        if validation is not None:
+            extra = _provenance(recipe, progress, command, validation)
+            save_model(model, folder / 'model.safetensors', extra)
+            if validation < progress['best']:
+                progress['best'] = validation
+                save_model(model, folder / 'best.safetensors', extra)
+        if step % SAVE_EVERY == 0 or is_last or stop:
+            _save(folder, model, optimizer, progress)
         if stop:
             break
+    distributed.stop()
     return folder / 'model.safetensors'
 
 
-def command(config: TrainingConfig) -> str:
-    """Return the command line that trains with this configuration."""
-    options = (f'--{k.replace("_", "-")} {v}' for k, v in asdict(config).items() if k != 'workers')
-    return f'cmanp train {" ".join(options)}'
-
-
-def _check(folder, model_config, config):
+def schedule(step: int, recipe: Recipe) -> float:
     """
-    Refuse what cannot be trained, and a folder in which something else was.
+    Return the share of the learning rate: a linear warmup, then a cosine to 0.
+    """
+    warm = min(step / recipe.warmup, 1)
+    return warm * 0.5 * (1 + cos(pi * min(step / recipe.steps, 1)))
+
+
+def _new_model(recipe):
+    model = CMANP(recipe.model)
+    if recipe.start_from is not None:
+        other = load_model(recipe.start_from)
+        if other.config != recipe.model:
+            ours, theirs = recipe.model.to_dict(), other.config.to_dict()
+            differing = [key for key in ours if ours[key] != theirs[key]]
+            raise ConfigError(
+                f'start_from {recipe.start_from}: its {", ".join(differing)} are '
+                f'{[theirs[key] for key in differing]}, the recipe has '
+                f'{[ours[key] for key in differing]}; expected one model'
+            )
+        model.load_state_dict(other.state_dict())
+    return model
+
+
+def _batches(recipe, folder, is_held_out, draw):
+    if isinstance(recipe.prior, WorldPrior):
+        return WorldBatches(recipe, folder, is_held_out, draw)
+    return MapBatches(recipe, is_held_out)
+
+
+def _loss(recipe, data, model, tensors, generator, part):
+    device = next(iter(tensors.values())).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=recipe.precision == 'bfloat16'):
+        found = data.log_likelihood(model, tensors, generator, part)
+    return -soften(found).mean()
+
+
+@torch.no_grad()
+def _validate(recipe, held_out, model, device, part):
+    """
+    Return the loss on tasks that are never trained on, always the same.
+    """
+    model.eval()
+    losses = []
+    for index in range(min(NUM_HELD_OUT, len(held_out))):
+        generator = torch.Generator().manual_seed(index)
+        tensors = {name: value.to(device) for name, value in held_out[index].items()}
+        losses.append(_loss(recipe, held_out, model, tensors, generator, part))
+    loss = torch.stack(losses).mean()
+    distributed.average([loss])
+    model.train()
+    return loss.item()
+
+
+def _check(folder, recipe):
+    """
+    Refuse a folder in which something else was trained.
 
     :raises ConfigError: saying what differs.
     """
-    if model_config.dim_y != 1:
-        raise ConfigError(f'a model with dim_y {model_config.dim_y}: expected dim_y 1')
-    free = ('folder', 'workers', 'steps')
-    fixed = {k: v for k, v in asdict(config).items() if k not in free}
-    settings = json.loads(json.dumps({'model': model_config.to_dict(), 'training': fixed}))
+    settings = recipe.to_dict()
     path = folder / 'settings.json'
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1))
-    elif (found := json.loads(path.read_text())) != settings:
-        differing = [
-            f'{key} is {settings[part].get(key)!r}, was {found[part].get(key)!r}'
-            for part in settings
-            for key in settings[part] | found[part]
-            if settings[part].get(key) != found[part].get(key)
-        ]
+        path.write_text(json.dumps(settings, indent=1), encoding='utf-8')
+        return
+    found, wanted = _flat(json.loads(path.read_text(encoding='utf-8'))), _flat(settings)
+    differing = [
+        f'{key} is {wanted.get(key)!r}, was {found.get(key)!r}'
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+    if differing:
         raise ConfigError(
             f'{folder} holds another training: {"; ".join(differing)}. Use another folder, or '
             'the settings of that one'
         )
 
 
-def batch_log_likelihood(model: CMANP, batch: Batch) -> torch.Tensor:
+def _flat(values, prefix=''):
+    found = {}
+    for key, value in values.items():
+        name = f'{prefix}{key}'
+        found |= _flat(value, f'{name}.') if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _provenance(recipe, progress, command, validation):
+    return {
+        'command': command,
+        'recipe': recipe.to_dict(),
+        'git_commit': git_commit(),
+        'torch': torch.__version__,
+        'held_out_log_likelihood': -validation,
+        'step': progress['step'],
+        'seconds': progress['seconds'],
+    }
+
+
+def git_commit() -> str:
     """
-    Return the log-likelihood of each target, with gradients for everything but the regressions.
+    Return the commit of this package's repository, '+' if it was changed since; or 'unknown'.
     """
-    y = batch.y_target.double()
-    if not len(batch.pair_tile):  # nothing was observed in any of the worlds
-        return torch.distributions.Normal(0.0, 1.0).log_prob(y)
-    num_tiles = int(batch.pair_tile.max()) + 1
-    parts, order = [], []
-    for tiles, points, mask in groups(batch.point_tile, AT_ONCE):
-        tokens = model.embed(batch.point_x[points], batch.point_y[points])
-        parts.append(model.encoder.fold(tokens, mask))
-        order.append(tiles)
-    place = torch.empty(num_tiles, dtype=torch.int64)
-    place[torch.cat(order)] = torch.arange(num_tiles)  # every tile has points
-    sums = AttentionSums(*(torch.cat(part)[place] for part in zip(*parts, strict=True)))
-    latents = model.latents(sums)
-
-    has_prior = model.config.least_squares is not None
-    found, order = [], []
-    for tiles, pairs, mask in groups(batch.pair_tile, AT_ONCE):
-        prior = Prior(*(part[pairs] for part in batch.prior)) if has_prior else None
-        answers = model.decode([z[tiles] for z in latents], batch.pair_x[pairs], prior)
-        found.append([part[mask] for part in answers])
-        order.append(pairs[mask])
-    place = torch.cat(order).argsort()
-    answers = Decoded(*(torch.cat(part)[place] for part in zip(*found, strict=True)))
-    cover = Cover(
-        batch.pair_target, batch.pair_level[:, None], batch.pair_x, batch.pair_window.double()
-    )
-    mixture = blend(cover, answers, len(batch.y_target), model.config.num_levels)
-    return torch.distributions.Normal(mixture.mean, mixture.stddev).log_prob(y)
+    found = []
+    for words in (('rev-parse', 'HEAD'), ('status', '--porcelain', '--untracked-files=no')):
+        command = ['git', '-C', str(Path(__file__).parent), *words]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        except (OSError, subprocess.SubprocessError):
+            return 'unknown'
+        found.append(run.stdout.strip())
+    return found[0] + '+' * bool(found[1])
 
 
-def _soften(log_likelihood):
-    """
-    Compress what lies far below -10: one target must not decide on a whole step.
-    """
-    excess = (-10 - log_likelihood).clamp(min=0)
-    return log_likelihood + excess - 10 * torch.log1p(excess / 10)
-
-
-def _order(config):
-    """
-    Return the batch of every step: all of them shuffled, again and again.
-    """
-    epochs = -(-config.steps // config.num_batches)
-    order = []
-    for epoch in range(epochs):
-        generator = torch.Generator().manual_seed(config.seed + epoch)
-        order += torch.randperm(config.num_batches, generator=generator).tolist()
-    return order
-
-
-def _schedule(step, config):
-    warm = min(step / config.warmup, 1)
-    return warm * 0.5 * (1 + cos(pi * min(step / config.steps, 1)))
-
-
-def _save(folder, model, optimizer, step, seconds, config):
+def _save(folder, model, optimizer, progress):
     tensors = {f'model.{name}': value for name, value in model.state_dict().items()}
     for index, state in optimizer.state_dict()['state'].items():
         tensors |= {f'optimizer.{index}.{name}': value for name, value in state.items()}
     partial = folder / 'last.partial'
-    progress = {'step': step, 'seconds': seconds}
     save_file(tensors, partial, {'progress': json.dumps(progress)})
     partial.replace(folder / 'last.safetensors')
-    named = replace(config, folder=folder.name)  # no paths of the machine that trained
-    line = command(named) + ' --attention-only' * (model.config.least_squares is None)
-    extra = {'command': line, 'training': asdict(named), **progress}
-    save_model(model, folder / 'model.safetensors', extra)
 
 
-def _resume(folder, model, optimizer):
+def _resume(folder, model, optimizer, device):
     path = folder / 'last.safetensors'
     if not path.is_file():
-        return 0, 0.0
-    tensors = load_file(path)
+        return {'step': 0, 'seconds': 0.0, 'best': inf}
+    tensors = load_file(path, device=device)
     model.load_state_dict(
         {k.removeprefix('model.'): v for k, v in tensors.items() if k.startswith('model.')}
     )
@@ -229,15 +253,30 @@ def _resume(folder, model, optimizer):
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict(optimizer.state_dict() | {'state': state})
     with safe_open(path, framework='pt') as file:
-        progress = json.loads(file.metadata()['progress'])
-    return progress['step'], progress['seconds']
+        return json.loads(file.metadata()['progress'])
 
 
-def _log(folder, step, loss, seconds):
+def _tensorboard(folder):
+    """
+    Return a writer of TensorBoard's files, or None where it is not installed.
+    """
+    with suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder / 'tensorboard'))
+    return None
+
+
+def _log(folder, board, step, loss, validation, seconds):
     path = folder / 'log.csv'
     is_new = not path.is_file()
-    with path.open('a', newline='') as file:
+    shown = '' if validation is None else f'{validation:.5f}'
+    with path.open('a', newline='', encoding='utf-8') as file:
         writer = csv.writer(file)
         if is_new:
-            writer.writerow(['step', 'loss', 'seconds'])
-        writer.writerow([step, f'{loss:.5f}', f'{seconds:.1f}'])
+            writer.writerow(['step', 'loss', 'held_out_loss', 'seconds'])
+        writer.writerow([step, f'{loss:.5f}', shown, f'{seconds:.1f}'])
+    if board is not None:
+        board.add_scalar('loss', loss, step)
+        if validation is not None:
+            board.add_scalar('held_out_loss', validation, step)

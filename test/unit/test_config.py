@@ -143,8 +143,7 @@ def test_only_the_smoothness_may_be_infinite(name):
     [
         'amplitude_shape',
         'amplitude_scale',
-        'offset_variance',
-        'slope_variance',
+        'noise_stddev',
         'points_per_voxel',
     ],
 )
@@ -152,6 +151,33 @@ def test_only_the_smoothness_may_be_infinite(name):
 def test_prior_parameters_are_positive(name, value):
     message = f'{name} is {value!r}, expected a positive number'
     assert_refused(message, LeastSquaresConfig, **{name: value})
+
+
+@pytest.mark.parametrize('name', ['offset_variance', 'slope_variance'])
+def test_prior_variances_are_not_negative(name):
+    assert getattr(LeastSquaresConfig(**{name: 0.0}), name) == 0.0
+    for value in (-1.0, inf, nan):
+        message = f'{name} is {value!r}, expected a number of at least 0'
+        assert_refused(message, LeastSquaresConfig, **{name: value})
+
+
+def test_the_memories_exclude_each_other():
+    blocks = AutoregressiveConfig(block_size=3)
+    for parts in (
+        {'autoregressive': blocks, 'least_squares': LeastSquaresConfig()},
+        {'autoregressive': blocks, 'num_global': 2},
+        {'num_global': 2, 'least_squares': LeastSquaresConfig()},
+    ):
+        with pytest.raises(ConfigError, match='exclude each other'):
+            CMANPConfig.paper(1, 1, **parts)
+    config = CMANPConfig.paper(1, 1, autoregressive=blocks)
+    assert CMANPConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize('value', [(0.3,), (0.3, 0.3), (0.0, 1.0), (1.0, inf), (2.0, 1.0)])
+def test_scales_of_the_features_of_location_are_ordered(value):
+    with pytest.raises(ConfigError, match='^location_lengths is'):
+        CMANPConfig.paper(1, 1, location_lengths=value)
 
 
 @pytest.mark.parametrize('value', [0.5, 1.0])

@@ -8,14 +8,21 @@ import torch
 from safetensors import safe_open
 
 from cmanp_ros.checkpoint import load_reference
-from cmanp_ros.core import CMANPConfig
+from cmanp_ros.core import CMANPConfig, autoregressive
+from cmanp_ros.core.config import AutoregressiveConfig
 from cmanp_ros.core.errors import CheckpointError
 
 DATA = Path(__file__).parent.parent / 'data'
 CLOSE = {'rtol': 1e-5, 'atol': 1e-5}
 CLOSER = {'rtol': 0, 'atol': 3e-6}  # random weights: predictions hardly depend on the data
 RENAMED = {'min_stddev_bounded': 'bounded_stddev'}
-OURS_ALONE = ('and_block_size',)  # of CMANP-AND
+OF_BLOCKS = {
+    'and_block_size': 'block_size',
+    'covariance_transformer_layers': 'num_layers',
+    'projection_rank': 'rank',
+    'projection_depth': 'depth',
+}
+UNUSED = 'predictor.'  # the reference's CMANP-AND holds a diagonal head, too
 
 
 class Golden:
@@ -25,7 +32,10 @@ class Golden:
         with safe_open(DATA / f'{name}.safetensors', 'pt') as file:
             sizes = json.loads(file.metadata()['config'])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        sizes = {RENAMED.get(k, k): v for k, v in sizes.items() if k not in OURS_ALONE}
+        blocks = {OF_BLOCKS[k]: v for k, v in sizes.items() if k in OF_BLOCKS}
+        sizes = {RENAMED.get(k, k): v for k, v in sizes.items() if k not in OF_BLOCKS}
+        if blocks.get('block_size'):
+            sizes['autoregressive'] = AutoregressiveConfig(**blocks)
         self.config = CMANPConfig.paper(**sizes)
         prefix = 'weights.'
         self.weights = {
@@ -140,3 +150,58 @@ def test_a_long_list_of_problems_is_cut(golden):
 def test_the_loaded_model_is_ready_to_predict(golden):
     assert not golden.model.training
     assert not any(parameter.requires_grad for parameter in golden.model.parameters())
+
+
+# CMANP-AND ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def golden_blocks():
+    return Golden('reference_cmanp_and')
+
+
+def test_states_of_the_autoregressive_model_equal_the_reference(golden_blocks, suffix):
+    test_states_equal_the_reference(golden_blocks, suffix)
+    test_encodings_equal_the_reference(golden_blocks, suffix)
+
+
+def blocks_of(golden):
+    """Yield number, slice and state of every block: those before it are folded."""
+    size = golden.config.autoregressive.block_size
+    x, y = golden.tensors['x_target'], golden.tensors['y_target']
+    state = golden.state('')
+    for number, start in enumerate(range(0, x.shape[1], size)):
+        block = slice(start, start + size)
+        yield number, block, state
+        state = golden.model.update(state, x[:, block], y[:, block])
+
+
+def test_blocks_equal_the_reference(golden_blocks):
+    tensors, sizes = golden_blocks.tensors, []
+    for number, block, state in blocks_of(golden_blocks):
+        x, y = tensors['x_target'][:, block], tensors['y_target'][:, block]
+        found = autoregressive.predict_block(golden_blocks.model, state, x)
+        torch.testing.assert_close(found.loc, tensors[f'block.{number}.mean'], **CLOSE)
+        expected = tensors[f'block.{number}.scale_tril']
+        torch.testing.assert_close(found.scale_tril, expected, **CLOSE)
+        expected = tensors[f'block.{number}.log_prob']
+        torch.testing.assert_close(found.log_prob(y.flatten(1)), expected, rtol=1e-5, atol=1e-4)
+        sizes.append(x.shape[1])
+    assert sizes == [4, 4, 3]
+
+
+def test_joint_log_likelihood_equals_the_reference(golden_blocks):
+    tensors = golden_blocks.tensors
+    x, y = tensors['x_target'], tensors['y_target']
+    found = autoregressive.joint_log_prob(
+        golden_blocks.model, golden_blocks.state(''), x, y
+    )
+    expected = tensors['joint_log_prob_per_target']
+    torch.testing.assert_close(found / x.shape[1], expected, **CLOSE)
+
+
+def test_every_reference_weight_of_the_autoregressive_model_is_used_but_one_head(golden_blocks):
+    used = {k: v for k, v in golden_blocks.weights.items() if not k.startswith(UNUSED)}
+    assert len(golden_blocks.weights) - len(used) == 4
+    parameters = sum(value.numel() for value in golden_blocks.model.state_dict().values())
+    assert parameters == sum(value.numel() for value in used.values())

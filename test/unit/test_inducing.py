@@ -19,7 +19,7 @@ def test_the_grid_has_exactly_the_points_asked_for_inside_the_workspace(num_poin
 
 @pytest.mark.parametrize('dim_x', [1, 2, 3])
 def test_products_of_features_depend_on_the_difference_of_locations_alone(dim_x):
-    features = inducing.FourierFeatures(dim_x, dim_model=30, num_heads=5).double()
+    features = inducing.FourierFeatures(dim_x, 30, 5, 0.3, 2.0).double()
     a, b, shift = torch.randn(3, 7, dim_x, dtype=torch.float64)
     here = (features(a) * features(b)).unflatten(-1, (5, 6)).sum(-1)
     moved = (features(a + shift) * features(b + shift)).unflatten(-1, (5, 6)).sum(-1)
@@ -28,7 +28,7 @@ def test_products_of_features_depend_on_the_difference_of_locations_alone(dim_x)
 
 
 def test_features_are_the_same_in_every_model():
-    one, other = (inducing.FourierFeatures(2, 12, 3).frequencies for _ in range(2))
+    one, other = (inducing.FourierFeatures(2, 12, 3, 0.3, 2.0).frequencies for _ in range(2))
     assert torch.equal(one, other)
 
 

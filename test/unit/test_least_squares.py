@@ -1,5 +1,6 @@
 """The regression memory is a Gaussian process: every number against a dense one in numpy."""
 
+import dataclasses
 import inspect
 from itertools import product
 from math import inf, pi
@@ -241,10 +242,14 @@ def test_one_setting_equals_the_dense_gp(dim_x, nu):
 @pytest.mark.parametrize('dim_x', [1, 2, 3])
 def test_several_settings_equal_the_average_of_dense_gps_by_evidence(dim_x):
     config = config_of(
-        dim_x, smoothnesses=(1.5, inf), lengths=(0.4, 0.8, 1.6), noise_ratios=(0.07, 0.3)
+        dim_x,
+        smoothnesses=(1.5, inf),
+        lengths=(0.4, 0.8, 1.6),
+        noise_ratios=(0.07, 0.3),
+        num_averaged=12,
     )
     x, y, x_target = data(dim_x)
-    regression = solve(config, x, y, num_kept=12)
+    regression = solve(config, x, y)
     mean, _ = least_squares.predict(config, regression, x_target)
     covariance = least_squares.joint_covariance(config, regression, x_target)
     for row, output in product(range(BATCH), range(DIM_Y)):
@@ -259,9 +264,11 @@ def test_several_settings_equal_the_average_of_dense_gps_by_evidence(dim_x):
 
 
 def test_settings_kept_are_those_of_most_evidence():
-    config = config_of(2, lengths=(0.3, 0.5, 0.9, 1.5, 2.5), noise_ratios=(0.07, 0.3))
+    config = config_of(
+        2, lengths=(0.3, 0.5, 0.9, 1.5, 2.5), noise_ratios=(0.07, 0.3), num_averaged=3
+    )
     x, y, x_target = data(2)
-    regression = solve(config, x, y, num_kept=3)
+    regression = solve(config, x, y)
     mean, variance = least_squares.predict(config, regression, x_target)
     for row in range(BATCH):
         arrays = x[row].numpy(), y[row].numpy().T, x_target[row].numpy()
@@ -419,9 +426,8 @@ def test_shared_evidence_averages_dense_gps_whose_amplitudes_are_their_own(dim_x
     own = least_squares.log_evidence(config, found, scale)
     share = torch.tensor([[1.0, 0.5, 0.3], [0.2, 1.0, 0.0], [0.7, 0.1, 1.0]]).double()
     shared = torch.einsum('tn,nso->tso', share, own)  # of each row with those beside it
-    regression = least_squares.posterior(
-        config, variances, folded, found, scale, shared, num_kept=12
-    )
+    config = dataclasses.replace(config, num_averaged=12)
+    regression = least_squares.posterior(config, variances, folded, found, scale, shared)
     mean, _ = least_squares.predict(config, regression, x_target)
     covariance = least_squares.joint_covariance(config, regression, x_target)
     for (row, output), oracles in gps.items():
@@ -448,8 +454,8 @@ def test_a_tile_on_its_own_has_its_own_evidence_and_the_default_amplitude_prior(
     scale = least_squares.default_scale(config, BATCH, DIM_Y)
     assert scale.tolist() == [[config.amplitude_scale] * DIM_Y] * BATCH
     own = least_squares.log_evidence(config, found, scale)
-    expected = least_squares.posterior(config, variances, folded, found, scale, own, num_kept=5)
-    regression = least_squares.solve(config, variances, folded, num_kept=5)
+    expected = least_squares.posterior(config, variances, folded, found, scale, own)
+    regression = least_squares.solve(config, variances, folded)
     for part, other in zip(regression, expected, strict=True):
         assert torch.equal(part, other)
 

@@ -1,0 +1,38 @@
+"""One training in several processes or machines, started by torchrun: each takes its tasks."""
+
+import os
+
+import torch
+from torch import distributed
+
+
+def start() -> tuple[int, int]:
+    """
+    Join the others that torchrun has started.
+
+    :return: number of this process and of all of them; (0, 1) if it was started alone.
+    """
+    if int(os.environ.get('WORLD_SIZE', '1')) == 1:
+        return 0, 1
+    if not distributed.is_initialized():
+        distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def stop():
+    """
+    Leave the others.
+    """
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def average(tensors):
+    """
+    Replace tensors by their average over all processes.
+    """
+    if not distributed.is_initialized():
+        return
+    for tensor in tensors:
+        distributed.all_reduce(tensor)
+        tensor /= distributed.get_world_size()
