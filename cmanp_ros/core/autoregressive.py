@@ -1,8 +1,9 @@
 """
-CMANP-AND: joint distributions of targets, block by block (Feng et al. 2023, section 4.3).
+Joint distributions of targets, block by block: CMANP-AND (Feng et al. 2023, section 4.3).
 
-The targets of a block share a full covariance. Then the block, with its true or sampled values, is
-folded into the state and the next one is predicted: memory does not grow with the targets.
+The targets of a block share a full covariance, from a network or from least squares. Then the
+block, with its true or sampled values, is folded into the state and the next one is predicted:
+memory does not grow with the targets.
 """
 
 import torch
@@ -13,6 +14,8 @@ from cmanp_ros.core.blocks import mlp
 from cmanp_ros.core.config import CMANPConfig
 from cmanp_ros.core.errors import InputError
 from cmanp_ros.core.state import State, repeat
+
+DEFAULT_BLOCK_SIZE = 10  # of models whose joint is in closed form
 
 
 class CovarianceHead(nn.Module):
@@ -52,9 +55,24 @@ def predict_block(model, state: State, x: Tensor) -> MultivariateNormal:
 
     :param x: (batch, n, dim_x) in model units.
     :return: over (batch, n * dim_y), the outputs of a target side by side.
+    :raises InputError: for a model that takes all targets for independent.
     """
-    mean, factor = model.decode_block(model.encoding(state).projected, x)
-    return MultivariateNormal(mean, scale_tril=factor, validate_args=False)
+    if model.covariance_head is not None:
+        model.check_targets(state, x)
+        mean, factor = model.decode_block(model.encoding(state).projected, x)
+        return MultivariateNormal(mean, scale_tril=factor, validate_args=False)
+    if model.config.least_squares is None:
+        raise InputError(
+            'this model has no covariance head and no least squares: its targets are independent; '
+            "expected one with `autoregressive` or `least_squares`, such as 'gp1d_and'"
+        )
+    found = model.predict(state, x, joint=True)
+    n, dim_y = found.mean.shape[1:]
+    covariance = found.covariance.new_zeros(len(x), n, dim_y, n, dim_y)
+    for output in range(dim_y):  # independent
+        covariance[:, :, output, :, output] = found.covariance[:, output]
+    covariance = covariance.flatten(3).flatten(1, 2)
+    return MultivariateNormal(found.mean.flatten(1), covariance, validate_args=False)
 
 
 def joint_log_prob(
@@ -66,8 +84,11 @@ def joint_log_prob(
     :param x: (batch, n, dim_x) in model units; the order of the targets matters.
     :param y: (batch, n, dim_y).
     :param block_size: targets in a block; None: as configured.
-    :raises InputError: for a model without a covariance head.
+    :raises InputError: for wrong shapes, or a model that takes all targets for independent.
     """
+    expected = (*x.shape[:2], model.config.dim_y)
+    if tuple(y.shape) != expected:
+        raise InputError(f'y has shape {tuple(y.shape)}, expected {expected} as x')
     size, total = _block_size(model, block_size), 0.0
     for start in range(0, x.shape[1], size):
         block = slice(start, start + size)
@@ -91,31 +112,31 @@ def sample(
 
     :param x: (batch, n, dim_x) in model units.
     :return: (num_samples, batch, n, dim_y).
-    :raises InputError: for a model without a covariance head.
+    :raises InputError: for a model that takes all targets for independent.
     """
     size, found = _block_size(model, block_size), []
-    state, x = repeat(state, num_samples), x.repeat(num_samples, 1, 1)
+    repeated = x.repeat(num_samples, 1, 1)
     for start in range(0, x.shape[1], size):
-        block = x[:, start : start + size]
-        distribution = predict_block(model, state, block)
+        block = slice(start, start + size)
+        distribution = predict_block(model, state, (repeated if start else x)[:, block])
+        times = 1 if start else num_samples  # the first block is the same for all samples
+        mean = distribution.loc.repeat(times, 1)
         white = torch.randn(
-            distribution.loc.shape, generator=generator, device=x.device, dtype=torch.float64
-        ).to(distribution.loc.dtype)
-        flat = distribution.loc + (distribution.scale_tril @ white.unsqueeze(-1)).squeeze(-1)
-        found.append(flat.unflatten(1, (block.shape[1], -1)))
+            mean.shape, generator=generator, device=x.device, dtype=torch.float64
+        ).to(mean.dtype)
+        factor = distribution.scale_tril.repeat(times, 1, 1)
+        flat = mean + (factor @ white.unsqueeze(-1)).squeeze(-1)
+        found.append(flat.unflatten(1, (-1, model.config.dim_y)))
         if start + size < x.shape[1]:
-            state = model.update(state, block, found[-1])
+            state = repeat(state, times)
+            state = model.update(state, repeated[:, block], found[-1])
     return torch.cat(found, 1).unflatten(0, (num_samples, -1))
 
 
 def _block_size(model, block_size):
     options = model.config.autoregressive
-    if options is None:
-        raise InputError(
-            'this model has no covariance head: expected one with `autoregressive`, such as the '
-            "shipped 'gp1d_and'; a model with least squares has predict(..., joint=True)"
-        )
-    size = options.block_size if block_size is None else block_size
-    if size < 1:
-        raise InputError(f'block_size is {size}, expected at least 1 target')
-    return size
+    if block_size is None:
+        block_size = DEFAULT_BLOCK_SIZE if options is None else options.block_size
+    if block_size < 1:
+        raise InputError(f'block_size is {block_size}, expected at least 1 target')
+    return block_size

@@ -182,9 +182,7 @@ class CMANP(nn.Module):
             of one block; without a covariance head and least squares targets are independent.
         :raises InputError: for wrong shapes or values that are not finite.
         """
-        self._check(state, x_target, self.config.dim_x, 'x_target')
-        if not torch.isfinite(x_target).all():
-            raise InputError('x_target has NaN or infinite numbers; drop those targets first')
+        self.check_targets(state, x_target)
         encoding = self.encoding(state)
         parts = [self._marginals(encoding, part) for part in x_target.split(TARGETS_AT_ONCE, 1)]
         mean, stddev = (torch.cat(part, 1) for part in zip(*parts, strict=True))
@@ -380,11 +378,21 @@ class CMANP(nn.Module):
         size = self.config.autoregressive.block_size
         if x.shape[1] > size or self.config.dim_y > 1:
             raise InputError(
-                f'{x.shape[1]} targets with {self.config.dim_y} values each, expected one block of '
-                f'at most {size} with one value: use autoregressive.sample or joint_log_prob'
+                f'{x.shape[1]} targets with {self.config.dim_y} values each, expected one block '
+                f'of at most {size} with one value: use autoregressive.sample or joint_log_prob'
             )
         factor = self.decode_block(encoding.projected, x)[1]
         return (factor @ factor.mT).unsqueeze(1)
+
+    def check_targets(self, state: State, x_target: Tensor):
+        """
+        Refuse targets that cannot be predicted.
+
+        :raises InputError: for wrong shapes or values that are not finite.
+        """
+        self._check(state, x_target, self.config.dim_x, 'x_target')
+        if not torch.isfinite(x_target).all():
+            raise InputError('x_target has NaN or infinite numbers; drop those targets first')
 
     def _check(self, state, value, dim, name):
         if value.dim() != 3 or len(value) != state.batch or value.shape[-1] != dim:

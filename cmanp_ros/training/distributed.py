@@ -15,7 +15,10 @@ def start() -> tuple[int, int]:
     if int(os.environ.get('WORLD_SIZE', '1')) == 1:
         return 0, 1
     if not distributed.is_initialized():
-        distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+        has_gpu = torch.cuda.is_available()
+        if has_gpu:
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']) % torch.cuda.device_count())
+        distributed.init_process_group('cpu:gloo,cuda:nccl' if has_gpu else 'gloo')
     return distributed.get_rank(), distributed.get_world_size()
 
 
@@ -36,3 +39,12 @@ def average(tensors):
     for tensor in tensors:
         distributed.all_reduce(tensor)
         tensor /= distributed.get_world_size()
+
+
+def any_says(flag: bool) -> bool:
+    """
+    Return whether any of the processes says so, the same in all of them.
+    """
+    found = torch.tensor(float(flag))
+    average([found])
+    return bool(found)

@@ -7,6 +7,7 @@ A folder holds one training: `settings.json` (its recipe), `last.safetensors` (t
 
 import csv
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -38,6 +39,7 @@ def train(
     num_workers: int = 0,
     device: str = 'cpu',
     draw: Callable = priors.world_task,
+    model: CMANP | None = None,
     command: str = '',
 ) -> Path:
     """
@@ -46,7 +48,9 @@ def train(
     :param on_step: called after every step with its number, its loss, and the loss on held-out
         tasks or None; True stops cleanly.
     :param num_workers: processes that make batches.
-    :param draw: of one world, for recorded ones.
+    :param draw: of one world, for recorded ones; its attribute `held_out`, where it has one, draws
+        the tasks that are never trained on.
+    :param model: the one to begin with, of the recipe's configuration; None: a new one.
     :param command: kept in the model file.
     :return: the model file.
     :raises ConfigError: for a folder in which something else was trained.
@@ -60,13 +64,13 @@ def train(
     if is_first:
         _check(folder, recipe)
     torch.manual_seed(recipe.seed)
-    model = _new_model(recipe).to(device)
+    model = (_new_model(recipe) if model is None else model).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay
     )
-    progress = _resume(folder, model, optimizer, device)
+    progress = _resume(folder, model, optimizer)
     data = _batches(recipe, folder / 'batches', False, draw)
-    held_out = _batches(recipe, folder / 'held_out', True, draw)
+    held_out = _batches(recipe, folder / 'held_out', True, getattr(draw, 'held_out', draw))
     loader = DataLoader(
         data,
         batch_size=None,
@@ -74,9 +78,14 @@ def train(
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
         multiprocessing_context='spawn' if num_workers else None,
+        worker_init_fn=_ignore_ctrl_c,
     )
     board = _tensorboard(folder) if is_first else None
     model.train()
+    if recipe.start_from is not None and not progress['step']:  # what there is to improve on
+        validation = _validate(recipe, held_out, model, device, part)
+        if is_first:
+            _log(folder, board, 0, None, validation, 0.0)
     began = time.monotonic() - progress['seconds']
     for step, tensors in enumerate(loader, progress['step'] + 1):
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
@@ -94,23 +103,25 @@ def train(
         is_last, validation = step == recipe.steps, None
         if step % recipe.validate_every == 0 or is_last:
             validation = _validate(recipe, held_out, model, device, part)
-        stop = bool(on_step(step, loss.item(), validation))
+        stop = distributed.any_says(bool(on_step(step, loss.item(), validation)))
         progress |= {'step': step, 'seconds': time.monotonic() - began}
         if not is_first:
             if stop:
                 break
             continue
         _log(folder, board, step, loss.item(), validation, progress['seconds'])
-        if validation is not None:
+        if validation is not None or stop:
             extra = _provenance(recipe, progress, command, validation)
             save_model(model, folder / 'model.safetensors', extra)
-            if validation < progress['best']:
-                progress['best'] = validation
-                save_model(model, folder / 'best.safetensors', extra)
+        if validation is not None and validation < progress['best']:
+            progress['best'] = validation
+            save_model(model, folder / 'best.safetensors', extra)
         if step % SAVE_EVERY == 0 or is_last or stop:
             _save(folder, model, optimizer, progress)
         if stop:
             break
+    if board is not None:
+        board.close()
     distributed.stop()
     return folder / 'model.safetensors'
 
@@ -137,6 +148,10 @@ def _new_model(recipe):
             )
         model.load_state_dict(other.state_dict())
     return model
+
+
+def _ignore_ctrl_c(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to workers, too
 
 
 def _batches(recipe, folder, is_held_out, draw):
@@ -208,7 +223,7 @@ def _provenance(recipe, progress, command, validation):
         'recipe': recipe.to_dict(),
         'git_commit': git_commit(),
         'torch': torch.__version__,
-        'held_out_log_likelihood': -validation,
+        'held_out_log_likelihood': None if validation is None else -validation,
         'step': progress['step'],
         'seconds': progress['seconds'],
     }
@@ -218,15 +233,19 @@ def git_commit() -> str:
     """
     Return the commit of this package's repository, '+' if it was changed since; or 'unknown'.
     """
-    found = []
-    for words in (('rev-parse', 'HEAD'), ('status', '--porcelain', '--untracked-files=no')):
-        command = ['git', '-C', str(Path(__file__).parent), *words]
+    here, found = Path(__file__).resolve(), []
+    for words in (
+        ('ls-files', '--error-unmatch', here.name),  # or it is the repository of somebody else
+        ('rev-parse', 'HEAD'),
+        ('status', '--porcelain', '--untracked-files=no'),
+    ):
+        command = ['git', '-C', str(here.parent), *words]
         try:
             run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
         except (OSError, subprocess.SubprocessError):
             return 'unknown'
         found.append(run.stdout.strip())
-    return found[0] + '+' * bool(found[1])
+    return found[1] + '+' * bool(found[2])
 
 
 def _save(folder, model, optimizer, progress):
@@ -238,11 +257,11 @@ def _save(folder, model, optimizer, progress):
     partial.replace(folder / 'last.safetensors')
 
 
-def _resume(folder, model, optimizer, device):
+def _resume(folder, model, optimizer):
     path = folder / 'last.safetensors'
     if not path.is_file():
         return {'step': 0, 'seconds': 0.0, 'best': inf}
-    tensors = load_file(path, device=device)
+    tensors = load_file(path)
     model.load_state_dict(
         {k.removeprefix('model.'): v for k, v in tensors.items() if k.startswith('model.')}
     )
@@ -270,13 +289,12 @@ def _tensorboard(folder):
 def _log(folder, board, step, loss, validation, seconds):
     path = folder / 'log.csv'
     is_new = not path.is_file()
-    shown = '' if validation is None else f'{validation:.5f}'
+    shown = ['' if value is None else f'{value:.5f}' for value in (loss, validation)]
     with path.open('a', newline='', encoding='utf-8') as file:
         writer = csv.writer(file)
         if is_new:
             writer.writerow(['step', 'loss', 'held_out_loss', 'seconds'])
-        writer.writerow([step, f'{loss:.5f}', shown, f'{seconds:.1f}'])
-    if board is not None:
-        board.add_scalar('loss', loss, step)
-        if validation is not None:
-            board.add_scalar('held_out_loss', validation, step)
+        writer.writerow([step, *shown, f'{seconds:.1f}'])
+    for name, value in (('loss', loss), ('held_out_loss', validation)):
+        if board is not None and value is not None:
+            board.add_scalar(name, value, step)

@@ -55,6 +55,8 @@ def joint_log_likelihood(model: CMANP, tasks: Tasks, generator=None) -> Tensor:
 
     :raises ValueError: for more than one output.
     """
+    if model.config.dim_y != 1:
+        raise ValueError(f'dim_y is {model.config.dim_y}, expected 1 for a joint likelihood')
     distribution = predict_block(model, _fold(model, tasks), tasks.x_target)
     factor = distribution.scale_tril.double()
     residual = tasks.mean - distribution.loc.double().unsqueeze(-1)  # (batch, num_target, 1)
@@ -131,8 +133,9 @@ def world_log_likelihood(model: CMANP, batch: Batch) -> Tensor:
     Return the log-likelihood of each target, with gradients for everything but the regressions.
     """
     y = batch.y_target.double()
-    if not len(batch.pair_tile):  # nothing was observed in any of the worlds
-        return torch.distributions.Normal(0.0, 1.0).log_prob(y)
+    if not len(batch.pair_tile):  # nothing was observed in any of the worlds: no gradients
+        nothing = sum(0 * weight.sum() for weight in model.parameters())
+        return Normal(0.0, 1.0).log_prob(y) + nothing
     num_tiles = int(batch.pair_tile.max()) + 1
     parts, order = [], []
     for tiles, points, mask in groups(batch.point_tile, AT_ONCE):
@@ -157,7 +160,7 @@ def world_log_likelihood(model: CMANP, batch: Batch) -> Tensor:
         batch.pair_target, batch.pair_level[:, None], batch.pair_x, batch.pair_window.double()
     )
     mixture = blend(cover, answers, len(batch.y_target), model.config.num_levels)
-    return torch.distributions.Normal(mixture.mean, mixture.stddev).log_prob(y)
+    return Normal(mixture.mean, mixture.stddev).log_prob(y)
 
 
 def soften(log_likelihood):

@@ -1,14 +1,14 @@
 """
 Composable priors of one map: a Gaussian process, what is added to it, and where it is observed.
 
-Whatever is drawn here is Gaussian once its hyperparameters, its step or trend and the noise of each
-reading are known. So a task carries the exact posterior of its targets beside a draw of them, and
-training need not average over draws.
+Whatever is drawn here is Gaussian once its hyperparameters, its step or trend and the noise of
+each reading are known. So a task carries the exact posterior of its targets beside a draw of them,
+and training need not average over draws.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from math import log, pi
+from math import inf, log, pi
 from typing import NamedTuple
 
 import torch
@@ -72,22 +72,18 @@ class MapPrior:
     def __post_init__(self):
         for name, known in (('kernels', KERNELS), ('designs', DESIGNS)):
             found = getattr(self, name)
-            if unknown := [value for value in found if value not in known] or not found:
-                raise ConfigError(f'{name} has {unknown}; expected some of {sorted(known)}')
-        for name in ('length', 'scale', 'noise', 'num_context'):
-            found, least = getattr(self, name), 0 if name == 'num_context' else 1e-9
-            if len(found) != 2 or not least <= found[0] <= found[1]:
-                raise ConfigError(
-                    f'{name} is {list(found)}, expected least and most: two numbers of at least '
-                    f'{least:g}, in this order'
-                )
+            if not isinstance(found, tuple) or not found or set(found) - set(known):
+                raise ConfigError(f'{name} is {_plain(found)}, expected some of {sorted(known)}')
+        for name in (*HYPER, 'num_context'):
+            object.__setattr__(self, name, _range(name, getattr(self, name)))
         for name in ('heavy_tails', 'uneven_noise', 'step_edge', 'trend'):
-            if not 0 <= (found := getattr(self, name)) <= 1:
-                raise ConfigError(f'{name} is {found}, expected a share between 0 and 1')
-        if unknown := set(self.log_uniform) - {'length', 'scale', 'noise'}:
+            found = getattr(self, name)
+            if not isinstance(found, int | float) or not 0 <= found <= 1:
+                raise ConfigError(f'{name} is {found!r}, expected a share between 0 and 1')
+        if unknown := set(self.log_uniform) - set(HYPER):
             raise ConfigError(f'log_uniform has {sorted(unknown)}; expected length, scale, noise')
-        if self.num_target < 1:
-            raise ConfigError(f'num_target is {self.num_target}, expected at least 1')
+        if not isinstance(self.num_target, int) or self.num_target < 1:
+            raise ConfigError(f'num_target is {self.num_target!r}, expected at least 1')
 
     @classmethod
     def from_dict(cls, values: dict) -> 'MapPrior':
@@ -183,6 +179,30 @@ def _condition(generator, x, covariance, context_noise, target_noise, added, n, 
 HYPER = ('length', 'scale', 'noise')
 
 
+def _range(name, values):
+    """
+    Return least and most of a range, whose numbers may be text: YAML reads 1e-3 as such.
+    """
+    is_count = name == 'num_context'
+    least = 0 if is_count else 1e-9
+    try:
+        low, high = (float(value) for value in values)
+    except (TypeError, ValueError):
+        low, high = inf, inf
+    is_whole = not is_count or (low.is_integer() and high.is_integer())
+    if not (least <= low <= high < inf and is_whole):
+        numbers = 'whole numbers' if is_count else 'numbers'
+        raise ConfigError(
+            f'{name} is {_plain(values)}, expected least and most: two {numbers} of at least '
+            f'{least:g}, in this order'
+        )
+    return (int(low), int(high)) if is_count else (low, high)
+
+
+def _plain(values):
+    return list(values) if isinstance(values, tuple) else repr(values)
+
+
 def _uniform(generator, shape, low, high):
     return low + (high - low) * torch.rand(shape, dtype=torch.float64, generator=generator)
 
@@ -191,7 +211,7 @@ def _chance(generator, batch, share):
     return torch.rand(batch, 1, 1, generator=generator, dtype=torch.float64) < share
 
 
-# Kernels of variance 1: (batch, n, m, dim_x) differences and (batch, 1, 1) lengths -> (batch, n, m)
+# Kernels of variance 1: differences (batch, n, m, dim_x), lengths (batch, 1, 1) -> (batch, n, m)
 
 
 def _rbf(difference, length):

@@ -59,23 +59,25 @@ class Recipe:
         for name in ('steps', 'batch_size', 'warmup', 'validate_every'):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 1, name, value, 'at least 1')
+        _require(isinstance(self.seed, int), 'seed', self.seed, 'a whole number')
         _require(self.learning_rate > 0, 'learning_rate', self.learning_rate, 'above 0')
         _require(self.weight_decay >= 0, 'weight_decay', self.weight_decay, 'at least 0')
         precisions = ('float32', 'bfloat16')
         _require(self.precision in precisions, 'precision', self.precision, f'one of {precisions}')
-        _require(
-            self.objective in OBJECTIVES, 'objective', self.objective, f'one of {OBJECTIVES}'
-        )
+        _require(self.objective in OBJECTIVES, 'objective', self.objective, f'one of {OBJECTIVES}')
         if isinstance(self.prior, WorldPrior):
-            _require(
-                self.model.dim_y == 1, 'dim_y', self.model.dim_y, '1 for the prior of worlds'
-            )
+            _require(self.model.dim_y == 1, 'dim_y', self.model.dim_y, '1 for the prior of worlds')
             _require(
                 self.objective == 'log_likelihood',
                 'objective',
                 self.objective,
                 'log_likelihood for the prior of worlds',
             )
+            if self.model.autoregressive is not None or self.model.num_global:
+                raise ConfigError(
+                    'the prior of worlds trains no model with `autoregressive` or `num_global`: '
+                    'expected one without them, or the prior of maps'
+                )
         needs = {
             'evidence_lower_bound': ('num_global', self.model.num_global > 0),
             'joint_log_likelihood': ('autoregressive', self.model.autoregressive is not None),
@@ -134,7 +136,9 @@ def from_dict(values) -> Recipe:
     :raises ConfigError: for an unknown key or a value out of range.
     """
     if not isinstance(values, dict) or not isinstance(values.get('model'), dict):
-        raise ConfigError('expected a mapping with the key `model`, and in it preset, dim_x, dim_y')
+        raise ConfigError(
+            'expected a mapping with the key `model`, and in it preset, dim_x, dim_y'
+        )
     known = [part.name for part in fields(Recipe)]
     if unknown := sorted(set(values) - set(known)):
         raise ConfigError(f'the recipe has {unknown}; expected keys among {known}')
@@ -156,6 +160,8 @@ def _model(values):
         _require(isinstance(value, int) and value >= 1, name, value, 'a number of dimensions')
     base = getattr(CMANPConfig, preset)(**dims).to_dict()
     for name, value in values.items():  # of the memories single options may be given
+        if name in ('least_squares', 'autoregressive') and value is not None:
+            _require(isinstance(value, dict), name, value, 'a mapping of options, or null')
         is_part = isinstance(value, dict) and isinstance(base.get(name), dict)
         base[name] = base[name] | value if is_part else value
     return CMANPConfig.from_dict(base)
@@ -168,6 +174,7 @@ def _prior(values):
         raise ConfigError(f'prior is {values!r}, expected one key: maps or worlds, with options')
     ((kind, options),) = values.items()
     options = options or {}
+    _require(isinstance(options, dict), kind, options, 'a mapping of options')
     if kind == 'maps':
         return MapPrior.from_dict(options)
     known = [part.name for part in fields(WorldPrior)]

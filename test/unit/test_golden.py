@@ -193,9 +193,7 @@ def test_blocks_equal_the_reference(golden_blocks):
 def test_joint_log_likelihood_equals_the_reference(golden_blocks):
     tensors = golden_blocks.tensors
     x, y = tensors['x_target'], tensors['y_target']
-    found = autoregressive.joint_log_prob(
-        golden_blocks.model, golden_blocks.state(''), x, y
-    )
+    found = autoregressive.joint_log_prob(golden_blocks.model, golden_blocks.state(''), x, y)
     expected = tensors['joint_log_prob_per_target']
     torch.testing.assert_close(found / x.shape[1], expected, **CLOSE)
 
