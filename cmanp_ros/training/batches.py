@@ -52,7 +52,8 @@ class MapBatches(Dataset):
         """
         Return the objective for each target of one part of the tasks: every `part[1]`th.
         """
-        tasks = Tasks(**{name: value[part[0] :: part[1]] for name, value in tensors.items()})
+        own = {name: value[part[0] :: part[1]] for name, value in tensors.items()}
+        tasks = Tasks(**{name: value.to(_device(model)) for name, value in own.items()})
         return objectives.OBJECTIVES[self.recipe.objective](model, tasks, generator)
 
 
@@ -108,6 +109,7 @@ class WorldBatches(Dataset):
             batch = augment(batch, generator)
         if part[1] > 1:
             batch = some_worlds(batch, self.recipe.prior.num_target, *part)
+        batch = Batch(*(value.to(_device(model)) for value in batch))
         return objectives.world_log_likelihood(model, batch)
 
     @torch.no_grad()
@@ -137,6 +139,10 @@ class WorldBatches(Dataset):
             parts.append(part)
         joined = (torch.cat(values) for values in zip(*parts, strict=True))
         return Batch(*(v.float() if v.is_floating_point() else v for v in joined))
+
+
+def _device(model):
+    return next(model.parameters()).device
 
 
 def _seed(recipe, is_held_out):

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from math import cos, inf, pi
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def train(
         model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay
     )
     progress = _resume(folder, model, optimizer)
+    if is_first:
+        _forget_rows_after(folder, progress['step'])
     data = _batches(recipe, folder / 'batches', False, draw)
     held_out = _batches(recipe, folder / 'held_out', True, getattr(draw, 'held_out', draw))
     loader = DataLoader(
@@ -82,14 +85,14 @@ def train(
     )
     board = _tensorboard(folder) if is_first else None
     model.train()
-    if recipe.start_from is not None and not progress['step']:  # what there is to improve on
-        validation = _validate(recipe, held_out, model, device, part)
+    is_logged = progress['step'] or (folder / 'log.csv').is_file()
+    if recipe.start_from is not None and not is_logged:  # what there is to improve on
+        validation = _validate(recipe, held_out, model, part)
         if is_first:
             _log(folder, board, 0, None, validation, 0.0)
     began = time.monotonic() - progress['seconds']
     for step, tensors in enumerate(loader, progress['step'] + 1):
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        tensors = {name: value.to(device) for name, value in tensors.items()}
         loss = _loss(recipe, data, model, tensors, generator, part)
         for group in optimizer.param_groups:
             group['lr'] = recipe.learning_rate * schedule(step, recipe)
@@ -102,7 +105,7 @@ def train(
 
         is_last, validation = step == recipe.steps, None
         if step % recipe.validate_every == 0 or is_last:
-            validation = _validate(recipe, held_out, model, device, part)
+            validation = _validate(recipe, held_out, model, part)
         stop = distributed.any_says(bool(on_step(step, loss.item(), validation)))
         progress |= {'step': step, 'seconds': time.monotonic() - began}
         if not is_first:
@@ -161,14 +164,14 @@ def _batches(recipe, folder, is_held_out, draw):
 
 
 def _loss(recipe, data, model, tensors, generator, part):
-    device = next(iter(tensors.values())).device.type
+    device = next(model.parameters()).device.type
     with torch.autocast(device, torch.bfloat16, enabled=recipe.precision == 'bfloat16'):
         found = data.log_likelihood(model, tensors, generator, part)
     return -soften(found).mean()
 
 
 @torch.no_grad()
-def _validate(recipe, held_out, model, device, part):
+def _validate(recipe, held_out, model, part):
     """
     Return the loss on tasks that are never trained on, always the same.
     """
@@ -176,8 +179,7 @@ def _validate(recipe, held_out, model, device, part):
     losses = []
     for index in range(min(NUM_HELD_OUT, len(held_out))):
         generator = torch.Generator().manual_seed(index)
-        tensors = {name: value.to(device) for name, value in held_out[index].items()}
-        losses.append(_loss(recipe, held_out, model, tensors, generator, part))
+        losses.append(_loss(recipe, held_out, model, held_out[index], generator, part))
     loss = torch.stack(losses).mean()
     distributed.average([loss])
     model.train()
@@ -229,6 +231,7 @@ def _provenance(recipe, progress, command, validation):
     }
 
 
+@cache
 def git_commit() -> str:
     """
     Return the commit of this package's repository, '+' if it was changed since; or 'unknown'.
@@ -273,6 +276,17 @@ def _resume(folder, model, optimizer):
     optimizer.load_state_dict(optimizer.state_dict() | {'state': state})
     with safe_open(path, framework='pt') as file:
         return json.loads(file.metadata()['progress'])
+
+
+def _forget_rows_after(folder, step):
+    """
+    Drop rows of the log that a crash left of steps which are taken again.
+    """
+    path = folder / 'log.csv'
+    if path.is_file():
+        head, *lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
+        kept = [line for line in lines if int(line.split(',')[0]) <= step]
+        path.write_text(head + ''.join(kept), encoding='utf-8')
 
 
 def _tensorboard(folder):

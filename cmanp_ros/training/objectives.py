@@ -136,14 +136,12 @@ def world_log_likelihood(model: CMANP, batch: Batch) -> Tensor:
     if not len(batch.pair_tile):  # nothing was observed in any of the worlds: no gradients
         nothing = sum(0 * weight.sum() for weight in model.parameters())
         return Normal(0.0, 1.0).log_prob(y) + nothing
-    num_tiles = int(batch.pair_tile.max()) + 1
     parts, order = [], []
     for tiles, points, mask in groups(batch.point_tile, AT_ONCE):
         tokens = model.embed(batch.point_x[points], batch.point_y[points])
         parts.append(model.encoder.fold(tokens, mask))
         order.append(tiles)
-    place = torch.empty(num_tiles, dtype=torch.int64)
-    place[torch.cat(order)] = torch.arange(num_tiles)  # every tile has points
+    place = torch.cat(order).argsort()  # every tile has points, once
     sums = AttentionSums(*(torch.cat(part)[place] for part in zip(*parts, strict=True)))
     latents = model.latents(sums)
 

@@ -87,14 +87,15 @@ class RecordedWorlds:
         """Return which observations are context and targets: those after it."""
         lengths = torch.tensor([stop - start for start, stop in self.pieces], dtype=torch.float64)
         start, stop = self.pieces[torch.multinomial(lengths, 1, generator=generator)]
+        num_context = min(num_context, stop - start - num_target)
         every = 1
         if _uniform(generator) < 0.5:  # a faster robot, a slower sensor
-            sparsest = (stop - start) // (TARGETS_PER_BLOCK[0] * num_target)
+            sparsest = (stop - start) // (num_context + num_target)
             every = int(sparsest ** _uniform(generator))
         number = torch.arange(start, stop, every)
-        stride = min(2 ** int(_uniform(generator, 0, 3)), len(number) // num_target)
+        stride = (len(number) - num_context) // num_target
+        stride = min(2 ** int(_uniform(generator, 0, 3)), stride)
         ahead = stride * num_target
-        num_context = min(num_context, len(number) - ahead)
         first = _integer(generator, len(number) - ahead - num_context + 1)
         number = number[first:]
         return number[:num_context], number[num_context::stride][:num_target]

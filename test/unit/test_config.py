@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cmanp_ros.core import CMANP, CMANPConfig, CMANPError, LeastSquaresConfig
+from cmanp_ros.core.config import AutoregressiveConfig
 from cmanp_ros.core.errors import ConfigError
 
 COUNTS = [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import gamma, kv, softmax
-from scipy.stats import multivariate_t
+from scipy.stats import multivariate_normal, multivariate_t
 
 from cmanp_ros.core import least_squares
 from cmanp_ros.core.config import LeastSquaresConfig
@@ -475,6 +475,115 @@ def test_values_and_amplitude_prior_in_other_units_give_the_same_prediction_in_t
         answers.append((mean / unit, variance / unit**2, noise / unit**2, regression.summary))
     for found, expected in zip(*answers, strict=True):
         torch.testing.assert_close(found, expected, **EXACT)
+
+
+# Known noise, known mean -------------------------------------------------------------------------
+
+
+class KnownNoiseGP(DenseGP):
+    """The same where the noise is known: the amplitude is too, and the evidence is Gaussian."""
+
+    def __init__(self, config, x, y, x_target, setting, weight=1.0):
+        super().__init__(config, x, y, x_target, setting, weight)
+        unit = self.covariance / self.amplitude2
+        self.amplitude2 = (config.noise_stddev / self.ratio) ** 2
+        self.covariance, self.noise_variance = self.amplitude2 * unit, config.noise_stddev**2
+        num = np.sum(np.broadcast_to(weight, len(x)))
+        self.log_evidence = -self.residual / self.amplitude2 - self.log_determinant
+        self.log_evidence -= num / 2 * np.log(2 * pi * self.amplitude2)
+
+
+class ZeroMeanGP(KnownNoiseGP):
+    """The same where the mean is known to be 0; conditioned by the formula of joint normals."""
+
+    def __init__(self, config, x, y, x_target, setting):
+        nu, length, ratio = setting
+        self.amplitude2 = (config.noise_stddev / ratio) ** 2
+        phi, phi_target = numpy_basis(config, x), numpy_basis(config, x_target)
+        prior = self.amplitude2 * numpy_prior(config, x.shape[-1], nu, length)
+        k = phi * prior @ phi.T + config.noise_stddev**2 * np.eye(len(x))
+        gain = np.linalg.solve(k, phi * prior @ phi_target.T).T
+        self.mean = gain @ y
+        self.covariance = (phi_target - gain @ phi) * prior @ phi_target.T
+        self.noise_variance = config.noise_stddev**2
+        self.log_evidence = multivariate_normal.logpdf(y, cov=k)
+
+
+KNOWN = {
+    'smoothnesses': (1.5, inf),
+    'lengths': (0.4, 0.8, 1.6),
+    'noise_ratios': (0.07, 0.3),
+    'num_averaged': 12,
+    'noise_stddev': 0.1,
+}
+
+
+def assert_mixture_of(oracle, config, x, y, x_target):
+    """Compare every row and output with the average of dense GPs by evidence."""
+    regression = solve(config, x, y)
+    mean, _ = least_squares.predict(config, regression, x_target)
+    covariance = least_squares.joint_covariance(config, regression, x_target)
+    averaged = []
+    for row, output in product(range(BATCH), range(DIM_Y)):
+        arrays = x[row].numpy(), y[row, :, output].numpy(), x_target[row].numpy()
+        gps = [oracle(config, *arrays, setting) for setting in settings_of(config)]
+        weight, *expected = mixture(gps)
+        averaged.append(1 - weight.max())
+        np.testing.assert_allclose(mean[row, :, output], expected[0], **EXACT)
+        np.testing.assert_allclose(covariance[row, output], expected[1], **EXACT)
+        np.testing.assert_allclose(regression.noise_variance[row, output], expected[2], **EXACT)
+    assert max(averaged) > 1e-3, 'one setting has all the evidence: nothing is averaged'
+
+
+@pytest.mark.parametrize('dim_x', [1, 2, 3])
+def test_known_noise_equals_dense_gps_whose_amplitude_follows_from_it(dim_x):
+    assert_mixture_of(KnownNoiseGP, config_of(dim_x, **KNOWN), *data(dim_x))
+
+
+@pytest.mark.parametrize('dim_x', [1, 2, 3])
+def test_known_noise_has_plain_gaussian_evidence(dim_x):
+    config, (x, y, x_target) = config_of(dim_x, **KNOWN), data(dim_x)
+    _, _, found = evidence_of(config, x, y)
+    scale = least_squares.default_scale(config, BATCH, DIM_Y)
+    found = least_squares.log_evidence(config, found, scale)
+    for row, output in product(range(BATCH), range(DIM_Y)):
+        arrays = x[row].numpy(), y[row, :, output].numpy(), x_target[row].numpy()
+        gps = [KnownNoiseGP(config, *arrays, setting) for setting in settings_of(config)]
+        expected = [gp.log_evidence + N / 2 * np.log(2 * pi) for gp in gps]
+        np.testing.assert_allclose(found[row, :, output], expected, **EXACT)
+
+
+def test_known_noise_leaves_no_room_for_the_prior_of_the_amplitude():
+    config, (x, y, _) = config_of(2, **KNOWN), data(2)
+    other = dataclasses.replace(config, amplitude_shape=7.0, amplitude_scale=31.0)
+    one, two = solve(config, x, y), solve(other, x, y)
+    assert torch.equal(one.mean, two.mean) and torch.equal(one.covariance, two.covariance)
+    noise = torch.full((BATCH, DIM_Y), KNOWN['noise_stddev'] ** 2, dtype=torch.float64)
+    torch.testing.assert_close(one.noise_variance, noise)
+    nothing = least_squares.empty(config, 2, DIM_Y, BATCH)
+    variances = least_squares.prior_variances(config, 2)
+    torch.testing.assert_close(
+        least_squares.solve(config, variances, nothing).noise_variance, noise
+    )
+
+
+@pytest.mark.parametrize('dim_x', [1, 2, 3])
+def test_a_mean_that_is_known_to_be_zero_is_not_estimated(dim_x):
+    config = config_of(dim_x, **KNOWN, offset_variance=0.0, slope_variance=0.0)
+    x, y, x_target = data(dim_x)
+    assert_mixture_of(ZeroMeanGP, config, x, y, x_target)
+    assert_mixture_of(ZeroMeanGP, config, x, y + 0.5, x_target)  # an offset is a field like others
+
+
+def test_far_from_data_a_mean_that_is_known_is_zero_and_another_is_that_of_the_values():
+    far = torch.full((BATCH, 1, 1), 2.0, dtype=torch.float64)
+    x, y, _ = data(1)
+    x, y = x * 0.45 - 1.0, 0.1 * y + 0.5
+    for variance, expected in ((4.0, y.mean(1, keepdim=True)), (0.0, 0.0)):
+        options = {'lengths': (0.2,), 'offset_variance': variance, 'slope_variance': 0.0}
+        config = config_of(1, noise_ratios=(0.1,), noise_stddev=0.1, **options)
+        mean, _ = least_squares.predict(config, solve(config, x, y), far)
+        assert (mean - expected).abs().max() < 0.2
 
 
 # Offsets -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from cmanp_ros.core import CMANPConfig, LeastSquaresConfig, forget, merge
 from cmanp_ros.core.errors import InputError, StateMismatchError
 from cmanp_ros.core.least_squares import LeastSquaresSums
-from cmanp_ros.core.state import State, concatenate, from_tensors, select
+from cmanp_ros.core.state import State, concatenate, from_tensors, repeat, select
 
 EXACT = {'rtol': 1e-12, 'atol': 1e-12}
 
@@ -196,6 +196,24 @@ def test_selected_tiles_come_in_the_order_asked_for(model):
     for name, tensor in found.tensors().items():
         for row, tile in enumerate(order):
             assert torch.equal(tensor[row], state.tensors()[name][tile]), name
+
+
+@pytest.mark.parametrize('times', [1, 3])
+def test_repeat_is_the_whole_batch_again_and_again(model, times):
+    state = folded(model, 5, batch=2)
+    before, found = copy_of(state), repeat(state, times)
+    assert found.batch == 2 * times
+    small_models.assert_states_close(found, concatenate([state] * times), rtol=0, atol=0)
+    assert_unchanged(state, before)
+
+
+def test_repeated_states_go_on_apart(model):
+    state, (x, y) = folded(model, 5, batch=2), small_models.points(model.config, 7, batch=6)
+    found = model.update(repeat(state, 3), x, y)
+    for index in range(3):
+        rows = slice(2 * index, 2 * index + 2)
+        expected = model.update(state, x[rows], y[rows])
+        small_models.assert_states_close(select(found, rows), expected, **EXACT)
 
 
 def test_states_are_compared_by_identity(model):
