@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from cmanp_ros.checkpoint import load_model, save_model
+from cmanp_ros.checkpoint import load_model, read_extra, save_model
 from cmanp_ros.core import CMANP
 from cmanp_ros.core.errors import ConfigError
 from cmanp_ros.training import distributed, priors
@@ -223,6 +223,7 @@ def _provenance(recipe, progress, command, validation):
     return {
         'command': command,
         'recipe': recipe.to_dict(),
+        'started_from': recipe.start_from and read_extra(recipe.start_from),
         'git_commit': git_commit(),
         'torch': torch.__version__,
         'held_out_log_likelihood': None if validation is None else -validation,

@@ -59,7 +59,8 @@ class MapPrior:
     log_uniform: tuple[str, ...] = ()
     """Which of length, scale and noise."""
     num_context: tuple[int, int] = (3, 46)
-    num_target: int = 48
+    num_target: int | tuple[int, int] = 48
+    """A number, or the least and the most of a batch."""
     heavy_tails: float = 0.0
     """Share with readings that are off by several times the noise."""
     uneven_noise: float = 0.0
@@ -82,7 +83,9 @@ class MapPrior:
                 raise ConfigError(f'{name} is {found!r}, expected a share between 0 and 1')
         if unknown := set(self.log_uniform) - set(HYPER):
             raise ConfigError(f'log_uniform has {sorted(unknown)}; expected length, scale, noise')
-        if not isinstance(self.num_target, int) or self.num_target < 1:
+        if isinstance(self.num_target, tuple):
+            object.__setattr__(self, 'num_target', _range('num_target', self.num_target))
+        elif not isinstance(self.num_target, int) or self.num_target < 1:
             raise ConfigError(f'num_target is {self.num_target!r}, expected at least 1')
 
     @classmethod
@@ -106,9 +109,13 @@ class MapPrior:
         design = self.designs[int(torch.randint(0, len(self.designs), (1,), generator=generator))]
         if design == 'empty':
             num_context = 0
-        total = num_context + self.num_target
+        num_target = self.num_target
+        if isinstance(num_target, tuple):
+            low, high = num_target
+            num_target = int(torch.randint(low, high + 1, (1,), generator=generator))
+        total = num_context + num_target
         x_context = DESIGNS[design](generator, batch, num_context, dim_x)
-        anywhere = _uniform(generator, (batch, self.num_target, dim_x), -HALF_WIDTH, HALF_WIDTH)
+        anywhere = _uniform(generator, (batch, num_target, dim_x), -HALF_WIDTH, HALF_WIDTH)
         x = torch.cat([x_context, anywhere], 1)
         length, scale, noise = (self._hyperparameter(generator, n, batch) for n in HYPER)
         kernel = torch.randint(0, len(self.kernels), (batch,), generator=generator)
@@ -183,8 +190,8 @@ def _range(name, values):
     """
     Return least and most of a range, whose numbers may be text: YAML reads 1e-3 as such.
     """
-    is_count = name == 'num_context'
-    least = 0 if is_count else 1e-9
+    is_count = name in ('num_context', 'num_target')
+    least = {'num_context': 0, 'num_target': 1}.get(name, 1e-9)
     try:
         low, high = (float(value) for value in values)
     except (TypeError, ValueError):
