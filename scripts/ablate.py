@@ -51,7 +51,7 @@ PRIOR = {
     'step_edge': 0.25,
     'trend': 0.25,
 }
-BASE = {'model': MODEL, 'prior': {'maps': PRIOR}, 'steps': 3000, 'validate_every': 250}
+BASE = {'model': MODEL, 'prior': {'maps': PRIOR}, 'steps': 1200, 'validate_every': 150}
 BARE = {'least_squares': None}
 ANYWHERE = {'designs': ['uniform']}
 UNTRAINED = 'least squares, untrained'
@@ -146,11 +146,13 @@ def main():
     """Train what is not trained yet, score all of it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = [{'variant': UNTRAINED} | scores_of(CMANP(recipe_of({}, {}, {}).model).eval())]
+    budget = {'steps': BASE['steps'], 'num_tasks': 16 * NUM_TEST}
+    bare = CMANP(recipe_of({}, {}, {}).model).eval()
+    rows = [{'variant': UNTRAINED} | budget | scores_of(bare)]
     for name, (model, prior, options, null_score) in VARIANTS.items():
         recipe = recipe_of(model, prior, options)
         path = train(recipe, folder_of(name), model=without_part(recipe, null_score))
-        rows.append({'variant': name} | scores_of(load_model(path)))
+        rows.append({'variant': name} | budget | scores_of(load_model(path)))
         print(terminal_table(rows[-1:]), flush=True)
     (ROOT / 'docs' / 'accuracy' / 'ablation.json').write_text(to_json(rows), encoding='utf-8')
     draw_curves(ROOT / 'docs' / 'images' / 'ablation.png')

@@ -16,6 +16,7 @@ from torch import Tensor
 from cmanp_ros.core import CMANP, autoregressive
 from cmanp_ros.evaluation.scores import mean_and_error
 
+CEILING = 'Bayes ceiling'
 BATCH_SIZE = 16
 NOISE = 0.02
 LENGTH, SCALE = (0.1, 0.6), (0.1, 1.0)
@@ -115,7 +116,7 @@ def _midpoints(low, high, count):
 
 def _solve(kernel, task, length, scale):
     """
-    Return log evidence (..., batch), mean and variance (..., batch, num_target), joint log density.
+    Return log evidence (..., batch), mean and variance (..., batch, num_target), joint density.
     """
     n = task.x.shape[-2]
     x = torch.cat([task.x, task.x_target], -2)
@@ -182,8 +183,8 @@ def evaluate(
     Score methods on the same curves; yield a row for each kernel and method.
 
     A row has (mean, standard error) over tasks of `log_likelihood`, that of a target alone, and of
-    `joint`, that of all targets of a task together over their number; and `below_ceiling`, the mean
-    and error of the difference to the ceiling where that is among the methods.
+    `joint`, that of all targets of a task together over their number; and `below_ceiling`, the
+    mean and error of the difference to the ceiling where that is among the methods.
     """
     done = 0
     for kernel in kernels:
@@ -209,6 +210,7 @@ def evaluate(
             row = {
                 'kernel': kernel,
                 'method': name,
+                'num_tasks': len(marginal),
                 'log_likelihood': mean_and_error(marginal),
                 'joint': mean_and_error(joint),
                 'coverage_90': mean_and_error(inside),
@@ -219,4 +221,43 @@ def evaluate(
             yield row
 
 
-CEILING = 'Bayes ceiling'
+def draw_samples(models: dict[str, CMANP], path, num_curves: int = 3, num_samples: int = 6):
+    """
+    Draw fields that models with a joint sample, each block fed back before the next.
+
+    :param path: of a picture; a row for each model, a column for each curve.
+    """
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    task = next(t for t in curves('rbf', 100, seed=5) if t.x.shape[1] in range(7, 12))
+    grid = torch.linspace(-2, 2, 161, dtype=torch.float64)
+    order = torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))
+    figure, axes = pyplot.subplots(
+        len(models),
+        num_curves,
+        figsize=(3.6 * num_curves, 2.4 * len(models)),
+        sharex=True,
+        squeeze=False,
+        layout='constrained',
+    )
+    x, y = task.x[:num_curves], task.y[:num_curves]
+    targets = grid[order].view(1, -1, 1).expand(num_curves, -1, -1)
+    for row, (name, model) in zip(axes, models.items(), strict=True):
+        with torch.no_grad():
+            state = model.update(model.init_state(num_curves), x, y)
+            generator = torch.Generator().manual_seed(1)
+            drawn = autoregressive.sample(model, state, targets, num_samples, generator)
+            found = model.predict(state, grid.view(1, -1, 1).expand(num_curves, -1, -1))
+        drawn = drawn[:, :, order.argsort(), 0]
+        for curve, panel in enumerate(row):
+            mean, stddev = found.mean[curve, :, 0], found.stddev[curve, :, 0]
+            panel.fill_between(grid, mean - 2 * stddev, mean + 2 * stddev, color='0.88', lw=0)
+            panel.plot(grid, drawn[:, curve].T, lw=0.9, color='#3b6fb6', alpha=0.7)
+            panel.plot(x[curve, :, 0], y[curve, :, 0], 'o', ms=4, color='black')
+            panel.spines[['top', 'right']].set_visible(False)
+        row[0].set_ylabel(name)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
