@@ -13,7 +13,7 @@ COMMANDS = {
     'plot': 'draw a map with its error bars from a saved map or a recording: PNG, GeoTIFF, PLY',
     'doctor': 'say why a running node does not map: topics, types, QoS, transforms, clock',
     'view': 'show the map of a running node in a browser',
-    'train': 'train a model from synthetic fields',
+    'train': 'train a model, or fine-tune it on recorded observations',
     'evaluate': 'score the default model beside a Gaussian process on held-out tasks',
     'bench': 'time folding, encoding and predicting on this machine',
 }

@@ -1,6 +1,7 @@
 """`cmanp evaluate`: accuracy beside what others would use, and a tile size for recorded data."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,34 @@ STUDIES = {
     'terrain': 'windows of real terrain, beside an exact GP and linear interpolation',
     'robust': 'fields on which the assumptions of a GP fail, beside an exact GP',
     'tracks': '82,970 ship soundings in their order, each predicted before it is folded',
+    'gp1d': "the paper's first benchmark, beside an exact GP and the Bayes ceiling",
+    'real': 'real terrain and soundings, beside ten methods that users would pick',
+    'prior': 'fields of a GP prior and beyond it, beside an exact GP that is told the kernel',
     'seams': 'jumps of the prediction where tiles end, and a picture',
     'tile-size': 'propose a tile size from recorded observations (CSV: x, y, value)',
 }
-SHOWN = ('num_context', 'noise', 'kind', 'method', 'rmse', 'log_likelihood', 'coverage_90')
+SHOWN = (
+    'num_context',
+    'noise',
+    'kind',
+    'kernel',
+    'method',
+    'rmse',
+    'log_likelihood',
+    'gap',
+    'below_ceiling',
+    'joint',
+    'joint_below_ceiling',
+    'log_likelihood_to_reference',
+    'crps',
+    'coverage_50',
+    'coverage_90',
+    'coverage_95',
+    'seconds_fit',
+    'seconds_predict',
+    'memory_mb',
+    'state_bytes',
+)
 
 
 def main(arguments) -> int:
@@ -30,6 +55,9 @@ def main(arguments) -> int:
         'terrain': _terrain,
         'robust': _robust,
         'tracks': _tracks,
+        'gp1d': _gp1d,
+        'real': _real,
+        'prior': _prior,
         'seams': _seams,
         'tile-size': _tile_size,
     }
@@ -37,7 +65,12 @@ def main(arguments) -> int:
 
 
 def _add_options(parser, study):
-    parser.add_argument('--checkpoint', default='field', help='file or name of a shipped model')
+    parser.add_argument(
+        '--checkpoint',
+        default=None if study == 'gp1d' else 'field',
+        nargs='+' if study == 'gp1d' else None,
+        help='file or name of a shipped model',
+    )
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--seed', type=int, default=0)
     if study == 'tile-size':
@@ -47,6 +80,16 @@ def _add_options(parser, study):
         parser.add_argument('--picture', default='build/seams.png')
         return
     parser.add_argument('--json', metavar='FILE', help='also write the rows here')
+    if study == 'prior':
+        _add_prior_options(parser)
+        return
+    if study == 'gp1d':
+        parser.add_argument('--num-batches', type=int, default=3000, help='of 16 curves each')
+        parser.add_argument('--picture', metavar='FILE', help='also draw fields that are sampled')
+        parser.add_argument(
+            '--block-size', type=int, nargs='+', default=[10], help='targets scored at once'
+        )
+        return
     parser.add_argument(
         '--cache', default='build/evaluation', help='folder for predictions of slow peers'
     )
@@ -55,12 +98,22 @@ def _add_options(parser, study):
         parser.add_argument('--limit', type=int, help='only so many soundings')
         return
     parser.add_argument('--tile-size', type=float, default=0.4, help='the window spans 4')
-    parser.add_argument('--attention', help='a model without least squares, to stand beside')
+    if study != 'real':
+        parser.add_argument('--attention', help='a model without least squares, to stand beside')
     parser.add_argument('--num-tasks', type=int, default=30, help='for each setting')
-    contexts = [64, 256, 1024] if study == 'terrain' else [64, 256]
+    contexts = [64, 256] if study == 'robust' else [64, 256, 1024]
     parser.add_argument('--num-context', type=int, nargs='+', default=contexts)
-    if study == 'terrain':
-        parser.add_argument('--noise', type=float, nargs='+', default=[0.0, 0.02, 0.1, 0.3])
+    if study != 'robust':
+        noises = [0.0] if study == 'real' else [0.0, 0.02, 0.1, 0.3]
+        parser.add_argument('--noise', type=float, nargs='+', default=noises)
+
+
+def _add_prior_options(parser):
+    parser.add_argument('--num-tasks', type=int, default=48, help='for each setting')
+    parser.add_argument('--num-context', type=int, nargs='+', default=[32, 128, 256, 1024])
+    parser.add_argument('--kind', nargs='+', default=['prior'], help='of fields: see the study')
+    parser.add_argument('--tile-size', type=float, default=1.0, help='the map spans 4')
+    parser.set_defaults(seed=123)
 
 
 def _terrain(options):
@@ -107,6 +160,103 @@ def _tracks(options):
         cache_dir=options.cache,
         cached=tuple(others),
     )
+    return _show(rows, options)
+
+
+def _gp1d(options):
+    from cmanp_ros.checkpoint import load_model, shipped_models
+    from cmanp_ros.cli.progress import progress_for
+    from cmanp_ros.evaluation import gp1d
+
+    names = options.checkpoint or [n for n in shipped_models() if n.startswith('gp1d')]
+    blocks = ' '.join(map(str, options.block_size))
+    command = (
+        f'cmanp evaluate gp1d --checkpoint {" ".join(names)} --num-batches {options.num_batches} '
+        f'--seed {options.seed} --block-size {blocks}'
+    )
+    methods = {'exact GP, hyperparameters known': gp1d.exact_gp, gp1d.CEILING: gp1d.ceiling}
+    sizes = {}
+    models = {name: load_model(name) for name in names}
+    if options.picture:
+        joint = {name: model for name, model in models.items() if gp1d.has_joint(model)}
+        gp1d.draw_samples(joint, options.picture)
+        print(f'picture: {options.picture}')
+    for name, model in models.items():
+        for block_size in options.block_size if gp1d.has_joint(model) else [None]:
+            title = name if block_size is None else f'{name}, blocks of {block_size}'
+            methods[title] = gp1d.by_model(model, block_size)
+            sizes[title] = model.init_state(1).nbytes
+    with progress_for(len(gp1d.KERNELS) * options.num_batches, 'batches') as progress:
+        rows = [
+            row | {'state_bytes': sizes.get(row['method']), 'command': command}
+            for row in gp1d.evaluate(
+                methods, num_batches=options.num_batches, seed=options.seed, on_batch=progress.show
+            )
+        ]
+    return _show(rows, options)
+
+
+def _real(options):
+    from importlib.util import find_spec
+
+    from cmanp_ros.cli.progress import progress_for
+    from cmanp_ros.evaluation import convcnp, real, real_peers
+
+    recorded = {
+        'command': f'cmanp evaluate real --checkpoint {options.checkpoint} --seed {options.seed} '
+        f'--threads {options.threads} --tile-size {options.tile_size:g} '
+        f'--num-tasks {options.num_tasks} --num-context {" ".join(map(str, options.num_context))} '
+        f'--noise {" ".join(f"{noise:g}" for noise in options.noise)}'
+    }
+    training = {}
+    if find_spec('neuralprocesses'):
+        with progress_for(convcnp.STEPS, 'training steps of the ConvCNP') as progress:
+            network = convcnp.trained(options.cache, on_step=progress.show)
+        print(f'ConvCNP: {network.steps:,} steps, {network.seconds / 60:.1f} minutes of one core')
+        training = {'training_steps': network.steps, 'training_seconds': network.seconds}
+    skipped = set()
+
+    def on_skip(what, reason):
+        if what not in skipped:
+            print(f'left out: {what}: {reason}')
+        skipped.add(what)
+
+    tasks = (options.num_tasks, options.num_context, options.noise, options.seed)
+    rows = real.evaluate(
+        partial(real_peers.peers, options.checkpoint, options.tile_size, options.cache),
+        real.settings(*tasks, on_skip),
+        real_peers.REFERENCE,
+        options.seed,
+        options.cache,
+        real_peers.STORED,
+        options.threads,
+        on_skip,
+    )
+    return _show(
+        (
+            row | recorded | (training if row['method'] == real_peers.CONVCNP else {})
+            for row in rows
+        ),
+        options,
+    )
+
+
+def _prior(options):
+    from cmanp_ros.cli.progress import progress_for
+    from cmanp_ros.evaluation import field_prior
+
+    total = len(options.kind) * len(options.num_context) * options.num_tasks
+    with progress_for(total, 'tasks') as progress:
+        rows = list(
+            field_prior.evaluate(
+                field_prior.methods(options.checkpoint, options.tile_size),
+                options.num_tasks,
+                options.num_context,
+                options.kind,
+                options.seed,
+                progress.show,
+            )
+        )
     return _show(rows, options)
 
 

@@ -65,16 +65,19 @@ def linear_interpolation(x, y, x_target, folds: int = 10) -> tuple[np.ndarray, n
     """
     fold = np.random.default_rng(0).permutation(len(x)) % folds
     errors = [
-        y[fold == k] - _interpolate(x[fold != k], y[fold != k], x[fold == k]) for k in range(folds)
+        y[fold == k] - interpolate(x[fold != k], y[fold != k], x[fold == k]) for k in range(folds)
     ]
     stddev = np.sqrt(np.mean(np.concatenate(errors) ** 2))
-    return _interpolate(x, y, x_target), np.full(len(x_target), max(stddev, 1e-9))
+    return interpolate(x, y, x_target), np.full(len(x_target), max(stddev, 1e-9))
 
 
-def _interpolate(x, y, x_target):
-    interpolate = library('scipy.interpolate', 'linear interpolation')
-    inside = interpolate.LinearNDInterpolator(x, y)(x_target)
-    return np.where(np.isnan(inside), interpolate.NearestNDInterpolator(x, y)(x_target), inside)
+def interpolate(x, y, x_target) -> np.ndarray:
+    """
+    Return values between triangles of observations, (n,); outside of them, the nearest one.
+    """
+    methods = library('scipy.interpolate', 'linear interpolation')
+    inside = methods.LinearNDInterpolator(x, y)(x_target)
+    return np.where(np.isnan(inside), methods.NearestNDInterpolator(x, y)(x_target), inside)
 
 
 # A stream ----------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from math import isfinite, log, nan, pi
+from math import erf, isfinite, log, nan, pi
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,11 @@ class Score(NamedTuple):
     """Mean log density of the targets [nat]; NaN for a method without stddev."""
     coverage_90: float
     """Share of targets inside the central 90 % interval; NaN for a method without stddev."""
+    crps: float = nan
+    """
+    Mean continuous ranked probability score [field units], the less the better; that of a method
+    without stddev is its mean absolute error.
+    """
 
 
 def score(mean, stddev, y) -> Score:
@@ -39,13 +44,27 @@ def score(mean, stddev, y) -> Score:
         raise InputError(f'{sizes} numbers to score: expected as many of each, at least one')
     rmse = float(np.sqrt(np.mean((y - mean) ** 2)))
     if stddev is None:
-        return Score(rmse, nan, nan)
+        return Score(rmse, nan, nan, float(np.abs(y - mean).mean()))
     stddev = np.ravel(stddev)
     if not (stddev > 0).all():
         raise InputError(f'the least stddev is {stddev.min()}: expected positive ones')
     z = (y - mean) / stddev
     log_density = -0.5 * (log(2 * pi) + z * z) - np.log(stddev)
-    return Score(rmse, float(log_density.mean()), float(np.mean(np.abs(z) <= Z_90)))
+    coverage = float(np.mean(np.abs(z) <= Z_90))
+    return Score(rmse, float(log_density.mean()), coverage, float(crps(mean, stddev, y).mean()))
+
+
+def crps(mean, stddev, y) -> np.ndarray:
+    """
+    Return the continuous ranked probability score of normal distributions, (n,) [field units].
+
+    It is the integral of the squared difference between what was predicted as distribution
+    function and the step at what was observed (Gneiting and Raftery 2007, section 4.2).
+    """
+    z = (np.asarray(y) - mean) / stddev
+    two_sided = np.array([erf(value) for value in (z / 2**0.5).ravel().tolist()]).reshape(z.shape)
+    density = np.exp(-0.5 * z * z) / (2 * pi) ** 0.5
+    return stddev * (z * two_sided + 2 * density - pi**-0.5)
 
 
 def mean_and_error(values) -> tuple[float, float]:

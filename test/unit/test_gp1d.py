@@ -1,6 +1,8 @@
 """The paper's benchmark: its protocol, the GPs beside it against numpy, and how it scores."""
 
+import json
 from math import pi
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import small_models
 import torch
 from scipy.stats import kstest, multivariate_normal
 
+from cmanp_ros.checkpoint import load_model, shipped_models
 from cmanp_ros.core import autoregressive
 from cmanp_ros.core.config import AutoregressiveConfig
 from cmanp_ros.evaluation import gp1d
@@ -161,3 +164,20 @@ def test_samples_of_the_global_variable_are_mixed_as_densities():
         density = density + torch.exp(-0.5 * z.square()) / answer.stddev / (2 * pi) ** 0.5
     expected = (density / len(samples)).log()[..., 0]
     torch.testing.assert_close(found, expected)
+
+
+FIGURES = Path(__file__).parents[2] / 'docs' / 'accuracy' / 'gp1d.json'
+
+
+@pytest.mark.parametrize('name', [n for n in shipped_models() if n.startswith('gp1d')])
+def test_recorded_figures_are_those_of_the_shipped_weights(name):
+    rows = json.loads(FIGURES.read_text(encoding='utf-8'))
+    methods = {gp1d.CEILING: gp1d.ceiling, name: gp1d.by_model(load_model(name))}
+    for found in list(gp1d.evaluate(methods, ('rbf',), num_batches=8))[1:]:
+        recorded = next(
+            r for r in rows if r['kernel'] == 'rbf' and r['method'].split(',')[0] == name
+        )
+        for column in ('below_ceiling', 'joint_below_ceiling'):
+            if recorded[column][0] is not None:
+                (mean, error), expected = found[column], recorded[column][0]
+                assert abs(mean - expected) < 5 * error + 0.1
