@@ -41,15 +41,16 @@ rather than -0.34.
 {gp1d_commands}
 
 Curves of one-dimensional GPs: 3 to 46 observations, up to 46 targets, length 0.1 to 0.6, scale 0.1
-to 1, noise 0.02, 16 curves a batch, seed 0; the number of curves is in the table, and `below` is the
-difference to the ceiling on the same curves. The exact GP is told the hyperparameters; the Bayes
-ceiling averages over them, by a quadrature of {num_lengths} lengths and {num_scales} scales that knows
-the kernel: no method that has to infer them can exceed its joint on average, nor its log-likelihood
-with a normal distribution for each target. Joint: all targets of a curve, divided by their number;
-the models score blocks of targets, each folded in, with its true values, before the next.
+to 1, noise 0.02, 16 curves a batch, seed 0; the number of curves is in the table, and `below` is
+the difference to the ceiling on the same curves. The exact GP is told the hyperparameters; the
+Bayes ceiling averages over them, by a quadrature of {num_lengths} lengths and {num_scales} scales
+that knows the kernel: no method that has to infer them can exceed its joint on average, nor its
+log-likelihood with a normal distribution for each target. Joint: all targets of a curve, divided
+by their number; the models score blocks of targets, each folded in, with its true values, before
+the next.
 
-- `gp1d_attention`: the paper's memory alone, 32 latents (the paper: 128). Trained on RBF curves only,
-  so Matern curves are zero-shot, as in the paper (which has 1.24 and 0.80).
+- `gp1d_attention`: the paper's memory alone, 32 latents (the paper: 128). Trained on RBF curves
+  only, so Matern curves are zero-shot, as in the paper (which has 1.24 and 0.80).
 - `gp1d_and`: CMANP-AND on as many latents, trained on blocks of 16, then of 1 to 30 (the paper:
   1.48 and 0.96).
 - `gp1d`: both memories, RBF spectra only, noise known; zero-shot on Matern as well.
@@ -66,10 +67,11 @@ table of ablations below has fields for which it is not.
 
     python scripts/ablate.py
 
-Variants trained for {ablation_steps} steps of 16 curves on one-dimensional fields such as robots meet:
-RBF, Matern and fractal kernels, uneven noise, 8-sigma outliers, steps and trends, each in a quarter
-of them; observed anywhere, along trajectories, in one half, in clusters. Scored on {ablation_tasks}
-curves of each design that no training saw: log-likelihood, mean and standard error.
+Variants trained for {ablation_steps} steps of 16 curves on one-dimensional fields such as robots
+meet: RBF, Matern and fractal kernels, uneven noise, 8-sigma outliers, steps and trends, each in a
+quarter of them; observed anywhere, along trajectories, in one half, in clusters. Scored on
+{ablation_tasks} curves of each design that no training saw: log-likelihood, mean and standard
+error.
 
 {ablation}
 
@@ -81,16 +83,17 @@ curves of each design that no training saw: log-likelihood, mean and standard er
     cmanp evaluate prior --kind "heavy tails" "short lengths" "long lengths" "step edge" \\
         --num-context 128 --num-tasks 24 --json docs/accuracy/beyond_prior.json
 
-{prior_num} fields in two dimensions, seed 123: RBF or Matern-5/2, length 0.25 to 1.5, scale 0.3 to 1,
-noise 0.02 to 0.2, half of them seen along a track. `gap` is how far the log-likelihood is below that
-of the exact GP which is told the kernel, on the same fields; the Bayes ceiling averages over a grid
-of hyperparameters. `one tile, least squares` has 16 functions per axis and a grid that suits this
-prior, tuned on other seeds, untrained; `field` is the shipped model, which knows no prior.
+{prior_num} fields in two dimensions, seed 123: RBF or Matern-5/2, length 0.25 to 1.5, scale 0.3
+to 1, noise 0.02 to 0.2, half of them seen along a track. `gap` is how far the log-likelihood is
+below that of the exact GP which is told the kernel, on the same fields; the Bayes ceiling
+averages over a grid of hyperparameters. `one tile, least squares` has 16 functions per axis and a
+grid that suits this prior, tuned on other seeds, untrained; `field` is the shipped model, which
+knows no prior.
 
 {prior}
 
-Beyond it, at N = 128: readings off by eight sigma, lengths that no grid here has, a step through the
-map. The exact GP still knows the kernel, and not the step or which readings are wrong.
+Beyond it, at N = 128: readings off by eight sigma, lengths that no grid here has, a step through
+the map. The exact GP still knows the kernel, and not the step or which readings are wrong.
 
 {beyond_prior}
 
@@ -103,8 +106,8 @@ deviation of 0.65; as many cells observed as the first column says, up to 1,000 
 observation noise added to both. One tile size and one set of weights for all. The exact GP is
 fitted to each window: Matern-3/2 or -5/2, two starts, the best by evidence. `one tile` has 16
 functions per axis. `attention alone` has no least-squares memory; its weights are not shipped:
-the recipe `field` with `least_squares: null` in its model, 800 batches and 1,600 steps (10 minutes of
-one core, on the same worlds; the default had more).
+the recipe `field` with `least_squares: null` in its model, 800 batches and 1,600 steps (10
+minutes of one core, on the same worlds; the default had more).
 
 {terrain}
 
@@ -267,9 +270,6 @@ def _real_row(row) -> dict:
     }
 
 
-WORST_DRAWN = -1.5  # [nat] what is worse is drawn there
-
-
 def draw_real(path):
     """Draw how much each method takes, and how far its log-likelihood is from the exact GP's."""
     pyplot = library('matplotlib.pyplot', 'the picture')
@@ -277,22 +277,23 @@ def draw_real(path):
     for row in recorded('real'):
         panels.setdefault((row['kind'], row['num_context'], row['noise']), []).append(row)
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.5 * len(panels), 4), sharey=True, layout='constrained'
+        1, len(panels), figsize=(3.5 + 3.5 * len(panels), 4), sharey=True, layout='constrained'
     )
     for axis, ((kind, num_context, noise), found) in zip(
         np.ravel(axes), panels.items(), strict=True
     ):
-        for row in found:
+        for number, row in enumerate(found):
             seconds = row['seconds_fit'][0] + row['seconds_predict'][0]
             mean, error = row['log_likelihood_to_reference']
-            axis.errorbar(seconds, max(mean, WORST_DRAWN), error, fmt='o', ms=4)
-            axis.annotate(row['method'], (seconds, max(mean, WORST_DRAWN)), fontsize=7)
+            color, marker = f'C{number % 10}', 'osD^vP*X<>h'[number % 11]
+            axis.errorbar(seconds, mean, error, fmt=marker, ms=6, color=color, label=row['method'])
         added = f', noise {noise:g}' if noise else ''
         axis.set(xscale='log', title=f'{kind}, {num_context} observed{added}')
         axis.set_xlabel('fit and predict [s]')
-        axis.set_ylim(WORST_DRAWN - 0.1)
         axis.grid(alpha=0.3)
     np.ravel(axes)[0].set_ylabel('log-likelihood, relative to the exact GP [nat]')
+    handles, labels = np.ravel(axes)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside right center', frameon=False, fontsize=9)
     figure.savefig(path, dpi=100)
 
 
