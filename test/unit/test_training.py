@@ -753,7 +753,7 @@ def test_training_lowers_the_loss_on_tasks_that_are_never_trained_on(uninterrupt
     recipe = map_recipe(objective)
     torch.manual_seed(recipe.seed)
     data, untrained = MapBatches(recipe, True), CMANP(recipe.model)
-    before = loop._validate(recipe, data, untrained, 'cpu', (0, 1))
+    before = loop._validate(recipe, data, untrained, (0, 1))
     after = float(logged(uninterrupted(f'maps, {objective}'))[-1][2])
     assert after < before - 0.1
 
