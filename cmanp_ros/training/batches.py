@@ -50,7 +50,7 @@ class MapBatches(Dataset):
 
     def log_likelihood(self, model, tensors, generator, part=(0, 1)) -> Tensor:
         """
-        Return the objective for each target of one part of the tasks: every `part[1]`th.
+        Return the objective for each target of one part (number, of how many) of the tasks.
         """
         own = {name: value[part[0] :: part[1]] for name, value in tensors.items()}
         tasks = Tasks(**{name: value.to(_device(model)) for name, value in own.items()})
@@ -102,7 +102,7 @@ class WorldBatches(Dataset):
 
     def log_likelihood(self, model, tensors, generator, part=(0, 1)) -> Tensor:
         """
-        Return the log-likelihood of each target of one part of the worlds: every `part[1]`th.
+        Return the log-likelihood of each target of one part (number, of how many) of the worlds.
         """
         batch = Batch(**tensors)
         if not self.is_held_out:
@@ -151,7 +151,7 @@ def _seed(recipe, is_held_out):
 
 def some_worlds(batch: Batch, num_target: int, first: int, every: int) -> Batch:
     """
-    Return world `first` and every `every`th after it, of worlds with `num_target` targets each.
+    Return world `first`, the one that is `every` after it, and so on; each has `num_target` targets.
     """
     target = torch.arange(len(batch.y_target))
     is_kept = (target // num_target) % every == first
