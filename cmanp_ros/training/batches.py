@@ -151,7 +151,7 @@ def _seed(recipe, is_held_out):
 
 def some_worlds(batch: Batch, num_target: int, first: int, every: int) -> Batch:
     """
-    Return world `first`, the one that is `every` after it, and so on; each has `num_target` targets.
+    Return world `first`, the one `every` after it, and so on; each has `num_target` targets.
     """
     target = torch.arange(len(batch.y_target))
     is_kept = (target // num_target) % every == first
