@@ -35,13 +35,50 @@ def sums(
     :param query: already divided by the square root of dim_head.
     :param mask: which points are there; None: all.
     """
+    learns = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+    fused = HAS_FUSED and query.device.type == 'cpu' and not learns and key.shape[3] > 0
+    logsumexp, mean = (fused_softmax if fused else plain_softmax)(query, key, value, mask)
+    return AttentionSums(logsumexp.double(), mean.double())
+
+
+def plain_softmax(query, key, value, mask=None):
+    """
+    Attend in plain operations: what `fused_softmax` does, anywhere and with gradients.
+
+    :return: log of the sums, and the averages; see `AttentionSums`.
+    """
     scores = query @ key.mT  # (batch, block, head, query, n)
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None, None], -torch.inf)
     logsumexp = scores.logsumexp(-1)
     finite = torch.where(logsumexp == -torch.inf, 0.0, logsumexp)  # no point at all
-    weights = (scores - finite.unsqueeze(-1)).exp()
-    return AttentionSums(logsumexp.double(), (weights @ value).double())
+    return logsumexp, (scores - finite.unsqueeze(-1)).exp() @ value
+
+
+HAS_FUSED = hasattr(torch.ops.aten, '_scaled_dot_product_flash_attention_for_cpu')
+"""Whether this torch has a CPU kernel that returns the log of the sums, too; no gradient."""
+
+
+def fused_softmax(query, key, value, mask=None):
+    """
+    Attend in one kernel of torch: the scores never leave the processor's cache.
+    """
+    shape = query.shape[:2]
+    rows = query.flatten(0, 1).expand(len(key), -1, -1, -1)
+    bias = None
+    if mask is not None:
+        nothing = ~mask.any(1)  # where the kernel has no answer
+        bias = torch.zeros_like(mask, dtype=query.dtype)
+        bias.masked_fill_(~(mask | nothing.unsqueeze(1)), -torch.inf)
+        bias = bias[:, None, None].expand(-1, 1, query.shape[2], -1)
+    mean, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows, key.flatten(1, 2), value.flatten(1, 2), attn_mask=bias, scale=1.0
+    )
+    logsumexp = logsumexp.unflatten(1, shape)
+    mean = mean.unflatten(1, shape)
+    if mask is not None:
+        logsumexp[nothing], mean[nothing] = -torch.inf, 0.0
+    return logsumexp, mean
 
 
 def empty(batch, num_blocks, num_heads, num_queries, dim_head, device=None) -> AttentionSums:

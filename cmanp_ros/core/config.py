@@ -114,6 +114,9 @@ class CMANPConfig:
     least_squares: LeastSquaresConfig | None = None
     autoregressive: AutoregressiveConfig | None = None
     """CMANP-AND, of the `paper` preset only: with least squares the joint is in closed form."""
+    own_answer: bool = False
+    """Beside least squares: the decoder also answers from the latents alone, and a learned weight
+    decides between both; what a regression cannot extrapolate, attention often can."""
     num_global: int = 0
     """Dimensions of the global latent variable of the stochastic variant; 0: there is none."""
     num_levels: int = 1
@@ -146,6 +149,10 @@ class CMANPConfig:
             raise ConfigError(
                 'least_squares, autoregressive and num_global exclude each other: expected at '
                 'most one of them; least squares has a joint distribution of its own'
+            )
+        if self.own_answer and self.least_squares is None:
+            raise ConfigError(
+                'own_answer is true without least_squares: expected both, or neither'
             )
         _require(self.level_factor >= 2, 'level_factor', self.level_factor, 'at least 2')
 

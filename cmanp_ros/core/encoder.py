@@ -38,6 +38,7 @@ class Encoder(nn.Module):
         has_null = config.inducing_points
         self.null_score = nn.Parameter(torch.zeros(shape)) if has_null else None
         self.null_value = nn.Parameter(torch.zeros(*shape, dim // heads)) if has_null else None
+        self._projected = None
 
     def empty(self, batch) -> AttentionSums:
         """
@@ -57,17 +58,35 @@ class Encoder(nn.Module):
 
         :param mask: which tokens are there; None: all.
         """
-        gather, blocks = self.gather, len(self.block_latents)
+        query, weight, shift = self._projections()
+        projected = F.linear(F.layer_norm(tokens, tokens.shape[-1:]), weight, shift)
+        projected = projected.unflatten(-1, (len(query), 2, self.num_heads, -1))
+        key, value = projected.permute(3, 0, 2, 4, 1, 5)  # (batch, block, head, n, dim_head)
+        return attention.sums(query, key, value, mask)
+
+    def _projections(self):
+        """
+        Return queries, and the weight and shift of all keys and values; kept while weights stay.
+
+        LayerNorm's scale and shift are folded into the projection: one product for all blocks.
+        """
+        gather, latents = self.gather, self.block_latents
+        used = (*gather.parameters(), latents)
+        if torch.is_grad_enabled() and any(part.requires_grad for part in used):
+            return self._project()
+        version = [(part.data_ptr(), part._version) for part in used]
+        if self._projected is None or self._projected[0] != version:
+            self._projected = version, self._project()
+        return self._projected[1]
+
+    def _project(self):
+        gather = self.gather
         query = split_heads(gather.to_q(gather.norm(self.block_latents)), self.num_heads)
         query = query * query.shape[-1] ** -0.5  # (block, head, query, dim_head)
-        # LayerNorm's scale and shift are folded into the projection: one product for all blocks.
         weight = gather.to_kv.weight  # (block, 2 * dim, dim)
         scaled = (weight * gather.norm_context.weight.unsqueeze(1)).flatten(0, 1)
         shift = (weight @ gather.norm_context.bias.unsqueeze(-1)).flatten()
-        projected = F.linear(F.layer_norm(tokens, tokens.shape[-1:]), scaled, shift)
-        projected = projected.unflatten(-1, (blocks, 2, self.num_heads, -1))
-        key, value = projected.permute(3, 0, 2, 4, 1, 5)  # (batch, block, head, n, dim_head)
-        return attention.sums(query, key, value, mask)
+        return query, scaled, shift
 
     def forward(self, sums: AttentionSums) -> list[Tensor]:
         """

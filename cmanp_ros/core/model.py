@@ -71,7 +71,8 @@ class CMANP(nn.Module):
     Constant Memory Attentive Neural Process (Feng et al., ICML 2024, arXiv 2305.14567).
 
     With `CMANPConfig.field` the regression on basis functions predicts, and the network corrects
-    its mean (in units of its stddev) and its stddev; untrained, the corrections are zero.
+    its mean (in units of its stddev) and its stddev; untrained, the corrections are zero. With
+    `own_answer` it may also leave the regression aside.
     """
 
     def __init__(self, config: CMANPConfig):
@@ -89,7 +90,7 @@ class CMANP(nn.Module):
         if config.least_squares is not None:
             num_features = 3 + least_squares.NUM_SUMMARIES + num_context(config)
             dim_target += config.dim_y * num_features
-            num_outputs = 3
+            num_outputs = 6 if config.own_answer else 3
         if config.autoregressive is not None:
             num_outputs = 1
         self.embedder = mlp(dim_context, dim, dim, depth)
@@ -315,12 +316,13 @@ class CMANP(nn.Module):
         """
         output = self.predictor(self._decode_tokens(projected, x, prior, global_sample))
         if prior is not None:
-            first, second, third = output.double().chunk(3, -1)
+            first, second, third, *own = output.double().split(self.config.dim_y, -1)
             stddev = (prior.variance + prior.noise_variance).sqrt()
             mean = prior.mean + stddev * _bounded(first, 2.0)
             correction = _bounded(second, 2.5).exp()
             log_weight = _bounded(third, 6.0) - 2 * stddev.log()  # untrained: by precision
-            return Decoded(mean, stddev * correction, correction, log_weight)
+            answer = Decoded(mean, stddev * correction, correction, log_weight)
+            return _mixed_with(answer, *own) if own else answer
         first, second = output.chunk(2, -1)
         bounded = self.config.bounded_stddev
         stddev = 0.05 + 0.95 * nn.functional.softplus(second) if bounded else second.exp()
@@ -407,6 +409,22 @@ def num_context(config: CMANPConfig) -> int:
     Return the numbers per target that compare the levels, see `blending.compare`.
     """
     return 1 + 3 * config.num_levels
+
+
+OWN_LOG_ODDS = -2.0  # of an untrained decoder's own answer where both are as precise
+
+
+def _mixed_with(answer, mean, log_stddev, log_odds):
+    """
+    Return two moments of the mixture of an answer and the decoder's own, by precision.
+    """
+    own_stddev = _bounded(log_stddev, 5.0).exp()
+    precision = 2 * (answer.stddev / own_stddev).log()
+    own = torch.sigmoid(_bounded(log_odds, 8.0) + OWN_LOG_ODDS + precision)
+    mixed = answer.mean + own * (mean - answer.mean)
+    variance = (1 - own) * (answer.stddev.square() + (answer.mean - mixed).square())
+    variance = variance + own * (own_stddev.square() + (mean - mixed).square())
+    return answer._replace(mean=mixed, stddev=variance.sqrt())
 
 
 def _bounded(value, limit):

@@ -162,6 +162,11 @@ def test_prior_variances_are_not_negative(name):
         assert_refused(message, LeastSquaresConfig, **{name: value})
 
 
+def test_own_answer_needs_a_regression_to_stand_beside():
+    with pytest.raises(ConfigError, match='own_answer is true without least_squares'):
+        CMANPConfig.paper(1, 1, own_answer=True)
+
+
 def test_the_memories_exclude_each_other():
     blocks = AutoregressiveConfig(block_size=3)
     for parts in (

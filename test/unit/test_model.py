@@ -208,12 +208,54 @@ class LargestTensor(torch.overrides.TorchFunctionMode):
 
 def test_memory_while_folding_does_not_grow_with_the_number_of_points(model):
     largest = []
+    folded(model, *points(model.config, 1))  # what does not depend on points is kept
     for n in (101, 1009):
         x, y = points(model.config, n)
         with LargestTensor() as mode:
             folded(model, x, y)
         largest.append(mode.largest)
     assert largest[0] == largest[1]
+
+
+# The decoder's own answer ------------------------------------------------------------------------
+
+
+def own_answer(log_odds):
+    """Return a model with an own answer of mean 1 and stddev 0.1, and the same model without."""
+    model = build(small_models.field(dim_x=2, dim_y=3, own_answer=True))
+    last = model.predictor[-1]
+    values = torch.tensor(
+        [0.0, 0.0, 0.0, 1.0, 5 * torch.tensor(0.1).log().div(5).atanh(), log_odds]
+    )
+    last.bias.copy_(values.repeat_interleave(3))
+    last.weight.zero_()
+    bare = CMANP(replace(model.config, own_answer=False)).double().eval().requires_grad_(False)
+    weights = model.state_dict()
+    for name in ('predictor.2.weight', 'predictor.2.bias'):
+        weights[name] = weights[name][:9]
+    bare.load_state_dict(weights)
+    return model, bare
+
+
+def test_own_answer_counts_as_the_decoder_says():
+    x = targets(small_models.field(), 50)
+    for log_odds, is_own in ((1e3, True), (-1e3, False)):
+        model, bare = own_answer(log_odds)
+        state = folded(model, *points(model.config, N))
+        found, regression = model.predict(state, x), bare.predict(state, x)
+        expected = (1.0, 0.1) if is_own else (regression.mean, regression.stddev)
+        for part, wanted in zip((found.mean, found.stddev), expected, strict=True):
+            wanted = torch.as_tensor(wanted, dtype=part.dtype).expand_as(part)
+            torch.testing.assert_close(part, wanted, rtol=0.05, atol=0.05)
+
+
+def test_untrained_own_answer_steps_back_where_least_squares_is_precise():
+    model, bare = own_answer(0.0)
+    x = points(model.config, 400)[0]
+    state = folded(model, x, 0.01 * x.sum(-1, keepdim=True).expand(-1, -1, 3))
+    found, regression = model.predict(state, x), bare.predict(state, x)
+    assert regression.stddev.max() < 0.1
+    assert (found.mean - regression.mean).abs().max() < 3 * regression.stddev.max()
 
 
 # Errors ------------------------------------------------------------------------------------------
