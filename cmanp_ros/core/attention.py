@@ -100,8 +100,9 @@ def merge(a: AttentionSums, b: AttentionSums) -> AttentionSums:
     largest = torch.where(largest == -torch.inf, 0.0, largest)  # both empty
     weight_a, weight_b = (a.logsumexp - largest).exp(), (b.logsumexp - largest).exp()
     total = weight_a + weight_b
-    mean = weight_a.unsqueeze(-1) * a.mean_value + weight_b.unsqueeze(-1) * b.mean_value
-    mean = mean / torch.where(total > 0, total, 1.0).unsqueeze(-1)
+    share = torch.where(total > 0, total, 1.0).reciprocal()
+    mean = (weight_a * share).unsqueeze(-1) * a.mean_value
+    mean = mean + (weight_b * share).unsqueeze(-1) * b.mean_value
     return AttentionSums(largest + total.log(), mean)
 
 

@@ -25,10 +25,9 @@ class StackedLinear(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         flat = u.flatten(1, -2)  # (stack, n, dim_in)
-        if self.bias is None:
-            out = torch.bmm(flat, self.weight.mT)
-        else:
-            out = torch.baddbmm(self.bias.unsqueeze(1), flat, self.weight.mT)
+        out = torch.bmm(flat, self.weight.mT)
+        if self.bias is not None:
+            out = out.add_(self.bias.unsqueeze(1))
         return out.unflatten(1, u.shape[1:-1])
 
 
@@ -132,10 +131,13 @@ class Attention(nn.Module):
         Attend from u (..., n, dim); `projected` comes from `keys_and_values`.
         """
         n = self.norm(u)
-        q = split_heads(self.to_q(n), self.num_heads)
         key, value = (self.to_kv(n) if projected is None else projected).chunk(2, -1)
-        key, value = split_heads(key, self.num_heads), split_heads(value, self.num_heads)
-        return self.to_out(join_heads(F.scaled_dot_product_attention(q, key, value))) + n
+        # Blocks and tiles in one axis: only with four axes torch has a fused kernel.
+        q, key, value = (
+            split_heads(part.flatten(0, -3), self.num_heads) for part in (self.to_q(n), key, value)
+        )
+        read = join_heads(F.scaled_dot_product_attention(q, key, value))
+        return self.to_out(read.view_as(n)) + n
 
 
 class Integration(nn.Module):

@@ -19,10 +19,10 @@ class LeastSquaresConfig:
     functions_per_axis: int = 10
     box_half_width: float = 2.8
     """Half width [model units] of the box whose Laplacian eigenfunctions are the basis."""
-    smoothnesses: tuple[float, ...] = (1.5, 2.5)
+    smoothnesses: tuple[float, ...] = (1.5,)
     """Matern smoothnesses; inf is the RBF kernel."""
-    lengths: tuple[float, ...] = (0.25, 0.45, 0.8, 1.4, 2.6)
-    noise_ratios: tuple[float, ...] = (0.001, 0.01, 0.04, 0.2, 1.0)
+    lengths: tuple[float, ...] = (0.3, 0.6, 1.2, 2.4)
+    noise_ratios: tuple[float, ...] = (0.002, 0.015, 0.1, 0.6)
     amplitude_shape: float = 3.0
     amplitude_scale: float = 0.6
     """
@@ -38,8 +38,10 @@ class LeastSquaresConfig:
     """Resolution of the map of where points lay, over [-2, 2]: about that of the basis."""
     points_per_voxel: float = 1.0
     """Points of a voxel that count in full; see `least_squares.solve`."""
-    num_averaged: int = 6
-    """Settings of the grid, those of most evidence, that a prediction averages."""
+    num_averaged: int = 8
+    """Settings of the grid, those of most evidence, that a prediction averages at most."""
+    averaged_weight: float = 0.97
+    """Where so much of the weight of all settings is averaged, the others are left out."""
     noise_stddev: float | None = None
     """Where the noise of observations is known [model units]: the amplitude then follows from each
     noise ratio and is not integrated out."""
@@ -63,6 +65,8 @@ class LeastSquaresConfig:
             known = value is not None or name != 'noise_stddev'
             valid = not known or (isfinite(value) and value > 0)
             _require(valid, name, value, 'a positive number')
+        share = self.averaged_weight
+        _require(0 < share <= 1, 'averaged_weight', share, 'a number in (0, 1]')
         for name in ('offset_variance', 'slope_variance'):
             value = getattr(self, name)
             _require(isfinite(value) and value >= 0, name, value, 'a number of at least 0')

@@ -11,6 +11,7 @@ from itertools import product
 from math import inf, lgamma, log, pi
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,18 +133,29 @@ def sums(
     present = torch.ones_like(y[..., 0]) if mask is None else mask.to(y.dtype)
     if mask is not None:
         phi, y = phi * present.unsqueeze(-1), y * present.unsqueeze(-1)
-    gram = phi.mT @ phi  # (batch, num_functions, num_functions)
     batch, _, dim_x = x.shape
     voxels = torch.zeros(batch, config.voxels_per_axis**dim_x, dtype=y.dtype, device=x.device)
     voxels = voxels.scatter_add(1, _voxel(config, x), present)
     return LeastSquaresSums(
-        gram=pack(gram),
+        gram=pack(inner_products(phi)),
         moment=phi.mT @ y,
         sum_squares=y.square().sum(1),
         count=present.sum(1),
         voxel_count=voxels,
         voxel_freshness=(voxels > 0).to(y.dtype),
     )
+
+
+def inner_products(phi: Tensor) -> Tensor:
+    """
+    Return phi^T phi, (batch, num_functions, num_functions).
+
+    On a CPU by numpy, which sees that the product is symmetric and computes half of it.
+    """
+    if phi.device.type != 'cpu' or phi.requires_grad:
+        return phi.mT @ phi
+    phi = phi.numpy()
+    return torch.from_numpy(np.matmul(phi.swapaxes(-1, -2), phi))
 
 
 def _voxel(config, x):
@@ -285,21 +297,20 @@ def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums)
     """
     gram, moment, sum_squares, count, _ = _honest_sums(config, a)
     scales = variances.to(gram.device).sqrt()  # (kernels, functions)
-    noises = torch.tensor(config.noise_ratios, dtype=torch.float64, device=gram.device).square()
     residual, log_determinant = [], []
-    buffer = torch.empty_like(gram)
-    for scale in scales:  # a loop keeps the matrices in the cache
-        whitened = gram * (scale.unsqueeze(-1) * scale)
+    whitened, precision = torch.empty_like(gram), torch.empty_like(gram)
+    for scale in scales:  # loops keep the matrices in the cache
+        torch.mul(gram, scale.unsqueeze(-1) * scale, out=whitened)
         rhs = moment * scale.unsqueeze(-1)
-        for noise2 in noises:
-            torch.div(whitened, noise2, out=buffer)
-            buffer.diagonal(dim1=-2, dim2=-1).add_(1)
-            factor = torch.linalg.cholesky(buffer)
-            half = torch.linalg.solve_triangular(factor, rhs / noise2, upper=False)
-            left = sum_squares / noise2 - half.square().sum(-2)
+        for ratio in config.noise_ratios:
+            torch.mul(whitened, ratio**-2, out=precision)
+            precision.diagonal(dim1=-2, dim2=-1).add_(1)
+            factor = cholesky(precision)
+            half = torch.linalg.solve_triangular(factor, rhs, upper=False)
+            left = sum_squares * ratio**-2 - half.square().sum(-2) * ratio**-4
             residual.append(left.clamp(min=0) / 2)
-            log = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-            log_determinant.append(log + count / 2 * noise2.log())
+            whole = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            log_determinant.append(whole + count * log(ratio))
     return Evidence(torch.stack(residual, 1), torch.stack(log_determinant, 1), count)
 
 
@@ -365,30 +376,35 @@ def posterior(
     """
     gram, moment, _, count, center = _honest_sums(config, a)
     scales = variances.to(gram.device).sqrt()
-    noises = torch.tensor(config.noise_ratios, dtype=torch.float64, device=gram.device).square()
+    ratios = torch.tensor(config.noise_ratios, dtype=torch.float64, device=gram.device)
     weight = log_weight.softmax(1)  # (batch, settings, dim_y)
     amplitude2 = _amplitudes(config, e, scale)
 
-    kept = weight.sum(-1).topk(min(config.num_averaged, weight.shape[1]), dim=1).indices
-    total = weight.gather(1, kept.unsqueeze(-1).expand(-1, -1, weight.shape[-1])).sum(1)
-    mean, covariance, noise = 0, 0, 0
-    settings = []
-    rows = torch.arange(len(kept), device=kept.device)
-    for index in kept.T:  # each (batch,): another setting for each tile
-        share = weight[rows, index] / total  # (batch, dim_y)
-        prior = scales[torch.div(index, len(noises), rounding_mode='floor')]
-        noise2 = noises[index % len(noises)]
-        factor, half = _factorize(gram, moment, prior, noise2)
-        w = torch.linalg.solve_triangular(factor.mT, half, upper=True) * prior.unsqueeze(-1)
-        inverse = torch.cholesky_inverse(factor) * prior.unsqueeze(-1) * prior.unsqueeze(-2)
-        scaled = share * amplitude2[rows, index]  # (batch, dim_y)
-        mean = mean + share.unsqueeze(1) * w
-        covariance = covariance + scaled[..., None, None] * inverse.unsqueeze(1)
-        noise = noise + scaled * noise2.unsqueeze(-1)
-        settings.append((share, w))
-    for share, w in settings:  # the settings disagree: that is uncertainty too
-        spread = ((w - mean) * share.sqrt().unsqueeze(1)).mT  # (batch, dim_y, functions)
-        covariance = covariance + spread.unsqueeze(-1) * spread.unsqueeze(-2)
+    share, kept = _kept(config, weight)
+    mean, noise = torch.zeros_like(moment), torch.zeros_like(scale)
+    covariance = gram.new_zeros(len(gram), weight.shape[-1], *gram.shape[1:])
+    solved = []
+    for number, index in enumerate(kept.T):  # each (batch,): another setting for each tile
+        some = (share[:, number] > 0).any(-1).nonzero()[:, 0]
+        if not len(some):
+            break
+        index = index[some]
+        prior = scales[torch.div(index, len(ratios), rounding_mode='floor')]
+        noise2 = ratios[index % len(ratios)].square().unsqueeze(-1)
+        product = (prior / noise2).unsqueeze(-1) * prior.unsqueeze(-2)
+        precision = gram[some] * product
+        precision.diagonal(dim1=-2, dim2=-1).add_(1)
+        inverse = torch.cholesky_inverse(cholesky(precision)).mul_(product)
+        w = inverse @ moment[some]
+        scaled = share[some, number] * amplitude2[some, index] * noise2  # (some, dim_y)
+        noise[some] += scaled
+        mean[some] += share[some, number].unsqueeze(1) * w
+        for output, part in enumerate(scaled.unbind(-1)):
+            covariance[some, output] += inverse * part[:, None, None]
+        solved.append((some, share[some, number], w))
+    for some, part, w in solved:  # the settings disagree: that is uncertainty too
+        spread = ((w - mean[some]) * part.sqrt().unsqueeze(1)).mT  # (some, dim_y, functions)
+        covariance[some] += spread.unsqueeze(-1) * spread.unsqueeze(-2)
 
     mean[:, _constant(config, mean.shape[1])] += center
 
@@ -407,6 +423,20 @@ def posterior(
         -1,
     )
     return Regression(mean, covariance, noise, summary)
+
+
+def _kept(config, weight):
+    """
+    Return shares (batch, kept, dim_y) and numbers (batch, kept) of the settings that are averaged.
+
+    These are the most likely ones, as many as it takes to have `averaged_weight`.
+    """
+    number = min(config.num_averaged, weight.shape[1])
+    kept = weight.sum(-1).topk(number, dim=1).indices
+    share = weight.gather(1, kept.unsqueeze(-1).expand(-1, -1, weight.shape[-1]))
+    before = share.cumsum(1) - share
+    share = torch.where((before < config.averaged_weight).any(-1, keepdim=True), share, 0.0)
+    return share / share.sum(1, keepdim=True), kept
 
 
 def solve(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums) -> Regression:
@@ -464,20 +494,20 @@ def _honesty(config, a):
     return torch.where(occupied.any(-1), share, 1.0)
 
 
-def _factorize(gram, moment, scale, noise2):
+def cholesky(matrix: Tensor) -> Tensor:
     """
-    Return the Cholesky factor of the whitened posterior precision, and factor^-1 rhs.
+    Return lower factors of positive definite matrices, (..., n, n).
 
-    :param gram: (batch, [1,] functions, functions); `moment` alike.
-    :param scale: ([batch,] functions), prior standard deviations.
-    :param noise2: (batch,) or (noises,), squared noise ratios.
+    On a CPU by numpy's LAPACK: at these sizes twice as fast as torch's, see docs/performance.md.
+
+    :raises torch.linalg.LinAlgError: for a matrix that is not positive definite.
     """
-    noise2 = noise2[:, None, None]
-    precision = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2) / noise2
-    precision.diagonal(dim1=-2, dim2=-1).add_(1)
-    factor = torch.linalg.cholesky(precision)
-    rhs = moment * scale.unsqueeze(-1) / noise2
-    return factor, torch.linalg.solve_triangular(factor, rhs, upper=False)
+    if matrix.device.type != 'cpu':
+        return torch.linalg.cholesky(matrix)
+    try:
+        return torch.from_numpy(np.linalg.cholesky(matrix.numpy()))
+    except np.linalg.LinAlgError as error:
+        raise torch.linalg.LinAlgError(str(error)) from error
 
 
 def _grid(config):

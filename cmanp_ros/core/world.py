@@ -24,8 +24,9 @@ from cmanp_ros.core.tiles import Key, Tiles, keys_of
 
 SHARING = 0.5  # weight of a neighbour's evidence, to the power of its distance in tiles
 SCALE_STEP = 0.25  # of the log of the amplitude's prior scale
-AT_ONCE = 1 << 15  # points or targets times tiles: bounds the memory of one step
+AT_ONCE = 1 << 13  # points or targets times tiles: bounds the memory of one step, fits in caches
 TARGETS_AT_ONCE = 4096
+MATRICES_AT_ONCE = 16  # tiles whose regressions are solved together: they fit in caches
 
 
 class NotFiniteError(InputError):
@@ -259,6 +260,12 @@ class World:
             samples[:, chunk] = mixture.mean + field * deviation
         return samples
 
+    def refresh(self, keys: list[Key]):
+        """Solve and encode tiles that changed, which the next prediction would do otherwise."""
+        if self._options is not None:
+            self._regress(keys)
+        self._encoded(self.tiles.rows(keys))
+
     def pairs(self, x: Tensor) -> Pairs:
         """
         Return the tiles that cover each target (n, dim_x) and have data, ready to be decoded.
@@ -412,7 +419,7 @@ class World:
         inputs = torch.cat([scale.unsqueeze(1), log_weight], 1).flatten(1)
         version = torch.cat([self.tiles.version(rows).unsqueeze(1).double(), inputs], 1)
         is_stale = self._regression.is_stale(rows, version)
-        for part in _some(is_stale.nonzero()[:, 0], 256):
+        for part in _some(is_stale.nonzero()[:, 0], MATRICES_AT_ONCE):
             sums = self.tiles.state(rows[part]).least_squares
             found = Evidence(*self._evidence.get(rows[part]))
             made = least_squares.posterior(
@@ -422,7 +429,7 @@ class World:
 
     def _log_evidence(self, keys, scale):
         rows = self.tiles.rows(keys)
-        for stale in _some(self._evidence.stale(rows, self.tiles.version(rows)), 64):
+        for stale in _some(self._evidence.stale(rows, self.tiles.version(rows)), MATRICES_AT_ONCE):
             sums = self.tiles.state(stale).least_squares
             made = least_squares.evidence(self._options, self._variances, sums)
             self._evidence.put(stale, made, self.tiles.version(stale))

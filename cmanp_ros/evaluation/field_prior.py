@@ -188,6 +188,7 @@ ONE_TILE = LeastSquaresConfig(
     voxels_per_axis=24,
     points_per_voxel=1e9,
     num_averaged=24,
+    averaged_weight=1.0,
 )
 """What the prior says, as far as 16 functions per axis can: chosen on draws of other seeds."""
 

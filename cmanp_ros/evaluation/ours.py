@@ -25,7 +25,7 @@ def for_windows(checkpoint='field', tile_size=0.4, attention=None) -> dict[str, 
         size,
         functions_per_axis=ONE_TILE_FUNCTIONS,
         voxels_per_axis=round(1.5 * ONE_TILE_FUNCTIONS),
-        lengths=tuple(length / 2 for length in LeastSquaresConfig().lengths),
+        lengths=tuple(length / 2 for length in size.lengths),
     )
     geometry = Lattice.of(model.config, tile_size)
     methods = {

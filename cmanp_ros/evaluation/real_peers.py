@@ -58,7 +58,7 @@ def peers(checkpoint='field', tile_size: float = 0.4, folder='build/evaluation')
         'Kalman grid': kalman_grid,
         'linear interpolation': linear_interpolation,
         CONVCNP: _convcnp(folder),
-        'cmanp tiles': _ours(checkpoint, tile_size),
+        'cmanp tiles': ours_in_tiles(checkpoint, tile_size),
     }
 
 
@@ -332,7 +332,10 @@ def _convcnp(folder):
     return fit
 
 
-def _ours(checkpoint, tile_size):
+def ours_in_tiles(checkpoint: str, tile_size: float) -> Callable:
+    """
+    Return our default map as `fit`.
+    """
     make = []
 
     def fit(x, y):

@@ -22,7 +22,12 @@ EXACT = {'rtol': 1e-8, 'atol': 1e-8}
 
 def config_of(dim_x, **overrides):
     """Return a small configuration with one setting of the hyperparameters."""
-    one = {'smoothnesses': (1.5,), 'lengths': (0.8,), 'noise_ratios': (0.1,)}
+    one = {
+        'smoothnesses': (1.5,),
+        'lengths': (0.8,),
+        'noise_ratios': (0.1,),
+        'averaged_weight': 1.0,
+    }
     return LeastSquaresConfig(
         **{'functions_per_axis': M[dim_x], 'voxels_per_axis': VOXELS[dim_x]} | one | overrides
     )
