@@ -11,12 +11,12 @@ from itertools import product
 from math import inf, lgamma, log, pi
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cmanp_ros.core.config import LeastSquaresConfig
 from cmanp_ros.core.lattice import HALF_WIDTH
+from cmanp_ros.core.linalg import cholesky, inner_products
 
 
 class LeastSquaresSums(NamedTuple):
@@ -146,18 +146,6 @@ def sums(
     )
 
 
-def inner_products(phi: Tensor) -> Tensor:
-    """
-    Return phi^T phi, (batch, num_functions, num_functions).
-
-    On a CPU by numpy, which sees that the product is symmetric and computes half of it.
-    """
-    if phi.device.type != 'cpu' or phi.requires_grad:
-        return phi.mT @ phi
-    phi = phi.numpy()
-    return torch.from_numpy(np.matmul(phi.swapaxes(-1, -2), phi))
-
-
 def _voxel(config, x):
     """
     Return the flat index (batch, n) of the voxel of each point; outside [-2, 2] the nearest.
@@ -263,6 +251,7 @@ def _triangle(size):
 
 
 NUM_SUMMARIES = 8
+MATRICES_AT_ONCE = 16  # that are factorized together: they fit in caches
 FAR_MORE = 8.0  # times the median number of points in a voxel
 
 
@@ -296,22 +285,36 @@ def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums)
     :param variances: (num_kernels, num_functions) of `prior_variances`.
     """
     gram, moment, sum_squares, count, _ = _honest_sums(config, a)
-    scales = variances.to(gram.device).sqrt()  # (kernels, functions)
-    residual, log_determinant = [], []
-    whitened, precision = torch.empty_like(gram), torch.empty_like(gram)
-    for scale in scales:  # loops keep the matrices in the cache
-        torch.mul(gram, scale.unsqueeze(-1) * scale, out=whitened)
-        rhs = moment * scale.unsqueeze(-1)
-        for ratio in config.noise_ratios:
-            torch.mul(whitened, ratio**-2, out=precision)
-            precision.diagonal(dim1=-2, dim2=-1).add_(1)
-            factor = cholesky(precision)
-            half = torch.linalg.solve_triangular(factor, rhs, upper=False)
-            left = sum_squares * ratio**-2 - half.square().sum(-2) * ratio**-4
-            residual.append(left.clamp(min=0) / 2)
-            whole = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-            log_determinant.append(whole + count * log(ratio))
-    return Evidence(torch.stack(residual, 1), torch.stack(log_determinant, 1), count)
+    scale, noise2 = _settings(config, variances.to(gram.device))
+    parts = []
+    for some in torch.arange(len(scale)).split(max(1, MATRICES_AT_ONCE // max(1, len(gram)))):
+        factor, rhs = _whitened(gram.unsqueeze(1), moment.unsqueeze(1), scale[some], noise2[some])
+        half = torch.linalg.solve_triangular(factor, rhs, upper=False)
+        left = sum_squares.unsqueeze(1) / noise2[some] - half.square().sum(-2)
+        whole = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_noise = noise2[some, 0].log() * (count / 2).unsqueeze(1)
+        parts.append((left.clamp(min=0) / 2, whole + log_noise))
+    residual, log_determinant = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return Evidence(residual, log_determinant, count)
+
+
+def _settings(config, variances):
+    """
+    Return prior standard deviations (settings, functions) and squared noise ratios (settings, 1).
+    """
+    ratios = variances.new_tensor(config.noise_ratios)
+    scale = variances.sqrt().repeat_interleave(len(ratios), 0)
+    return scale, ratios.square().repeat(len(variances)).unsqueeze(-1)
+
+
+def _whitened(gram, moment, scale, noise2):
+    """
+    Return the factor of the posterior precision of weights in units of their prior, and its rhs.
+    """
+    relative = scale / noise2
+    precision = gram * (relative.unsqueeze(-1) * scale.unsqueeze(-2))
+    precision.diagonal(dim1=-2, dim2=-1).add_(1)
+    return cholesky(precision), moment * relative.unsqueeze(-1)
 
 
 def default_scale(config: LeastSquaresConfig, batch: int, dim_y: int, device=None) -> Tensor:
@@ -375,36 +378,29 @@ def posterior(
         log(1 + effective count), and log(effective count / count).
     """
     gram, moment, _, count, center = _honest_sums(config, a)
-    scales = variances.to(gram.device).sqrt()
-    ratios = torch.tensor(config.noise_ratios, dtype=torch.float64, device=gram.device)
+    scale_of, noise2_of = _settings(config, variances.to(gram.device))
     weight = log_weight.softmax(1)  # (batch, settings, dim_y)
     amplitude2 = _amplitudes(config, e, scale)
 
-    share, kept = _kept(config, weight)
+    share = _averaged(config, weight)
     mean, noise = torch.zeros_like(moment), torch.zeros_like(scale)
     covariance = gram.new_zeros(len(gram), weight.shape[-1], *gram.shape[1:])
     solved = []
-    for number, index in enumerate(kept.T):  # each (batch,): another setting for each tile
-        some = (share[:, number] > 0).any(-1).nonzero()[:, 0]
-        if not len(some):
-            break
-        index = index[some]
-        prior = scales[torch.div(index, len(ratios), rounding_mode='floor')]
-        noise2 = ratios[index % len(ratios)].square().unsqueeze(-1)
-        product = (prior / noise2).unsqueeze(-1) * prior.unsqueeze(-2)
-        precision = gram[some] * product
-        precision.diagonal(dim1=-2, dim2=-1).add_(1)
-        inverse = torch.cholesky_inverse(cholesky(precision)).mul_(product)
-        w = inverse @ moment[some]
-        scaled = share[some, number] * amplitude2[some, index] * noise2  # (some, dim_y)
-        noise[some] += scaled
-        mean[some] += share[some, number].unsqueeze(1) * w
-        for output, part in enumerate(scaled.unbind(-1)):
-            covariance[some, output] += inverse * part[:, None, None]
-        solved.append((some, share[some, number], w))
-    for some, part, w in solved:  # the settings disagree: that is uncertainty too
-        spread = ((w - mean[some]) * part.sqrt().unsqueeze(1)).mT  # (some, dim_y, functions)
-        covariance[some] += spread.unsqueeze(-1) * spread.unsqueeze(-2)
+    for part in (share > 0).any(-1).nonzero().split(MATRICES_AT_ONCE):
+        tile, setting = part.T
+        prior, noise2 = scale_of[setting], noise2_of[setting]
+        factor, rhs = _whitened(gram[tile], moment[tile], prior, noise2)
+        inverse = torch.cholesky_inverse(factor).mul_(prior.unsqueeze(-1) * prior.unsqueeze(-2))
+        w = inverse @ (moment[tile] / noise2.unsqueeze(-1))
+        scaled = share[tile, setting] * amplitude2[tile, setting]  # (part, dim_y)
+        noise.index_add_(0, tile, scaled * noise2)
+        mean.index_add_(0, tile, share[tile, setting].unsqueeze(1) * w)
+        for output, factor in enumerate(scaled.unbind(-1)):
+            covariance[:, output].index_add_(0, tile, inverse * factor[:, None, None])
+        solved.append((tile, share[tile, setting], w))
+    for tile, part, w in solved:  # the settings disagree: that is uncertainty too
+        spread = ((w - mean[tile]) * part.sqrt().unsqueeze(1)).mT  # (part, dim_y, functions)
+        covariance.index_add_(0, tile, spread.unsqueeze(-1) * spread.unsqueeze(-2))
 
     mean[:, _constant(config, mean.shape[1])] += center
 
@@ -425,18 +421,18 @@ def posterior(
     return Regression(mean, covariance, noise, summary)
 
 
-def _kept(config, weight):
+def _averaged(config, weight):
     """
-    Return shares (batch, kept, dim_y) and numbers (batch, kept) of the settings that are averaged.
+    Return the share (batch, settings, dim_y) of each setting in the average; of most it is 0.
 
-    These are the most likely ones, as many as it takes to have `averaged_weight`.
+    Averaged are the most likely ones, as many as it takes to have `averaged_weight`.
     """
     number = min(config.num_averaged, weight.shape[1])
-    kept = weight.sum(-1).topk(number, dim=1).indices
-    share = weight.gather(1, kept.unsqueeze(-1).expand(-1, -1, weight.shape[-1]))
+    kept = weight.sum(-1).topk(number, dim=1).indices.unsqueeze(-1).expand(-1, -1, weight.shape[2])
+    share = weight.gather(1, kept)
     before = share.cumsum(1) - share
     share = torch.where((before < config.averaged_weight).any(-1, keepdim=True), share, 0.0)
-    return share / share.sum(1, keepdim=True), kept
+    return torch.zeros_like(weight).scatter_(1, kept, share / share.sum(1, keepdim=True))
 
 
 def solve(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums) -> Regression:
@@ -492,22 +488,6 @@ def _honesty(config, a):
     limit = FAR_MORE * points.nanmedian(-1, keepdim=True).values.clamp(min=enough)
     share = points.clamp(max=enough).nansum(-1) / torch.minimum(points, limit).nansum(-1)
     return torch.where(occupied.any(-1), share, 1.0)
-
-
-def cholesky(matrix: Tensor) -> Tensor:
-    """
-    Return lower factors of positive definite matrices, (..., n, n).
-
-    On a CPU by numpy's LAPACK: at these sizes twice as fast as torch's, see docs/performance.md.
-
-    :raises torch.linalg.LinAlgError: for a matrix that is not positive definite.
-    """
-    if matrix.device.type != 'cpu':
-        return torch.linalg.cholesky(matrix)
-    try:
-        return torch.from_numpy(np.linalg.cholesky(matrix.numpy()))
-    except np.linalg.LinAlgError as error:
-        raise torch.linalg.LinAlgError(str(error)) from error
 
 
 def _grid(config):

@@ -26,7 +26,7 @@ SHARING = 0.5  # weight of a neighbour's evidence, to the power of its distance 
 SCALE_STEP = 0.25  # of the log of the amplitude's prior scale
 AT_ONCE = 1 << 13  # points or targets times tiles: bounds the memory of one step, fits in caches
 TARGETS_AT_ONCE = 4096
-MATRICES_AT_ONCE = 16  # tiles whose regressions are solved together: they fit in caches
+SOLVED_AT_ONCE = 16  # tiles: what their regressions need fits in caches
 
 
 class NotFiniteError(InputError):
@@ -419,7 +419,7 @@ class World:
         inputs = torch.cat([scale.unsqueeze(1), log_weight], 1).flatten(1)
         version = torch.cat([self.tiles.version(rows).unsqueeze(1).double(), inputs], 1)
         is_stale = self._regression.is_stale(rows, version)
-        for part in _some(is_stale.nonzero()[:, 0], MATRICES_AT_ONCE):
+        for part in _some(is_stale.nonzero()[:, 0], SOLVED_AT_ONCE):
             sums = self.tiles.state(rows[part]).least_squares
             found = Evidence(*self._evidence.get(rows[part]))
             made = least_squares.posterior(
@@ -429,7 +429,7 @@ class World:
 
     def _log_evidence(self, keys, scale):
         rows = self.tiles.rows(keys)
-        for stale in _some(self._evidence.stale(rows, self.tiles.version(rows)), MATRICES_AT_ONCE):
+        for stale in _some(self._evidence.stale(rows, self.tiles.version(rows)), SOLVED_AT_ONCE):
             sums = self.tiles.state(stale).least_squares
             made = least_squares.evidence(self._options, self._variances, sums)
             self._evidence.put(stale, made, self.tiles.version(stale))
