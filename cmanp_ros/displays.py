@@ -18,6 +18,9 @@ from cmanp_ros.qos import LATCHED
 from cmanp_ros.worker import is_over
 
 
+CELLS_AT_ONCE = 500  # some 30 ms: nobody waits longer for an answer because of a grid
+
+
 class Displays:
     """Publishes the map; nothing is computed for topics that nobody listens to."""
 
@@ -75,20 +78,29 @@ class Displays:
         if not wanted or not is_over(self._publishing) or version == self._published:
             return
         self._published = version
-        self._publishing = node.in_background(lambda: self._publish(wanted))
+        self._publishing = node.in_steps(self._publish(wanted))
 
     def _publish(self, names):
+        """Predict and publish, a step at a time: meanwhile others are answered."""
         view = View(self._node, self._costmap)
+        for _ in view.predict():
+            yield
         for name in names:
             self._publishers[name].publish(getattr(view, name)())
+            yield
 
 
 class View:
-    """The map as it is now: messages by the names of their topics. For the worker's thread."""
+    """
+    The map: messages by the names of their topics. For the worker's thread.
+
+    What is observed while it predicts is in what it predicts afterwards: every cell is as new as
+    its step.
+    """
 
     def __init__(self, node, costmap=None):
         """
-        Predict.
+        Lay out the grid; `predict` fills it.
 
         :param node: `CMANPNode`, active.
         :param costmap: OccupancyGrid with what cannot be reached; None: nothing is known of that.
@@ -96,9 +108,17 @@ class View:
         self._node, self._p, self._costmap = node, node.parameters, costmap
         self._field = node.fleet.combined
         self._grid = visualization.grid_targets(*self._window(), self._p.grid_resolution)
-        mean, stddev = self._field.predict(self._grid.targets)
-        self._mean, self._stddev = mean[:, 0], stddev[:, 0]
-        self._header = node.header()
+        self._mean, self._stddev = np.empty((2, len(self._grid.targets)))
+
+    def predict(self):
+        """Predict the grid: an iterator, a few cells at a time."""
+        x = self._grid.targets
+        for start in range(0, len(x), CELLS_AT_ONCE):
+            cells = slice(start, start + CELLS_AT_ONCE)
+            mean, stddev = self._field.predict(x[cells])
+            self._mean[cells], self._stddev[cells] = mean[:, 0], stddev[:, 0]
+            yield
+        self._header = self._node.header()
 
     def field(self) -> PointCloud2:
         """Show all as points."""

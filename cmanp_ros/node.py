@@ -229,12 +229,17 @@ class CMANPNode(LifecycleNode):
 
     def in_background(self, work):
         """Do a piece of work on the worker's thread; a fault is logged. Return its future."""
+        return self._reporting(self.worker.ask(work))
 
+    def in_steps(self, steps):
+        """Do long work on the worker's thread, between all else; see `in_background`."""
+        return self._reporting(self.worker.work(steps))
+
+    def _reporting(self, future):
         def report(future):
             if not future.cancelled() and (error := future.exception()) is not None:
                 self.warn('internal_error', f'a fault, the node goes on: {error!r}')
 
-        future = self.worker.ask(work)
         future.add_done_callback(report)
         return future
 

@@ -6,7 +6,7 @@ No ROS and no torch here: `fold` and the answers are callables.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -20,7 +20,8 @@ def is_over(future: Future | None) -> bool:
 
 class Worker:
     """
-    One thread, two queues: answers go first, so that a burst of observations delays no client.
+    One thread, three queues: answers go first, so that a burst of observations delays no client;
+    then observations; long work, such as a grid, goes on a step at a time after each of them.
     """
 
     def __init__(self, fold: Callable[[Any], Iterable[None]], queue_size: int):
@@ -32,7 +33,7 @@ class Worker:
         :param queue_size: batches that may wait.
         """
         self._fold, self._queue_size = fold, queue_size
-        self._batches, self._questions = deque(), deque()
+        self._batches, self._questions, self._long = deque(), deque(), deque()
         self._condition = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name='cmanp worker', daemon=True)
@@ -48,7 +49,7 @@ class Worker:
             self._condition.notify()
         if self._thread.is_alive():
             self._thread.join()
-        for _, future in self._questions:
+        for _, future in (*self._questions, *self._long):
             future.cancel()
 
     def offer(self, batch) -> list:
@@ -85,11 +86,19 @@ class Worker:
             self._condition.notify()
         return future
 
+    def work(self, steps: Iterator[None]) -> Future:
+        """Run a long piece of work on the thread that owns the model, a step now and then."""
+        future = Future()
+        with self._condition:
+            self._long.append((steps, future))
+            self._condition.notify()
+        return future
+
     def _run(self):
         while True:
             with self._condition:
                 self._condition.wait_for(
-                    lambda: self._stopping or self._questions or self._batches
+                    lambda: self._stopping or self._questions or self._batches or self._long
                 )
                 if self._stopping:
                     return
@@ -100,6 +109,21 @@ class Worker:
                     self._answer()
                     if self._stopping:
                         return
+            self._go_on()
+
+    def _go_on(self):
+        """Take one step of the long work that waited longest."""
+        if not self._long:
+            return
+        steps, future = self._long[0]
+        try:
+            next(steps)
+            return
+        except StopIteration:
+            future.set_result(None)
+        except Exception as error:  # it belongs to whoever asked
+            future.set_exception(error)
+        self._long.popleft()
 
     def _answer(self):
         while self._questions:

@@ -1,5 +1,5 @@
 """
-What our models are compared with, each as `condition(chunks) -> memory` and `update(memory, x, y)`.
+What takes observations: ours and others, `condition(chunks) -> memory`, `update(memory, x, y)`.
 
 Models and GPs alike see points (n, 2) and values (n, 1) in chunks, float32; hyperparameters of the
 GPs are given: only what new points cost is compared.

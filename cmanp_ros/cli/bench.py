@@ -1,177 +1,111 @@
-"""`cmanp bench`: how long folding, encoding and predicting take on this machine."""
+"""`cmanp bench`: what folding, refreshing and predicting cost here, beside peers."""
 
 import argparse
 import json
-import os
-import statistics
-import tempfile
-import time
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from cmanp_ros.checkpoint import load_model
-from cmanp_ros.core import CMANP, CMANPConfig, Lattice, Normalization, World
-from cmanp_ros.field import NeuralField
+from cmanp_ros.benchmark import node, soak, studies
+from cmanp_ros.benchmark.measuring import REPEATS, Record, matrix_product_rate
 
-FOLDS = (1, 10, 100, 1_000, 10_000)
-WORLDS = (1, 100, 10_000)  # tiles known before
+QUICK = ('paper', 'tiles', 'terrain', 'condition', 'update', 'node')
+STUDIES = studies.STUDIES | {'node': node.over_dds}
 
 
 def main(arguments) -> int:
-    """Print a table and write the records as JSON."""
-    parser = argparse.ArgumentParser(prog='cmanp bench', description=__doc__)
-    parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('--repeats', type=int, default=9, help='timed runs; the median is shown')
-    parser.add_argument('--output', default='build/bench.json')
+    """Print a table of each study, and write records and pictures."""
+    parser = argparse.ArgumentParser(
+        prog='cmanp bench', description=__doc__, epilog='Takes some 25 minutes for all of them.'
+    )
     parser.add_argument(
-        '--stream', action='store_true', help='also fold a whole model of terrain, row by row'
+        'studies',
+        nargs='*',
+        metavar='STUDY',
+        help=f'which: {", ".join(STUDIES)}; default: {" ".join(QUICK)}',
+    )
+    parser.add_argument('--threads', type=int, default=1, help='default: 1')
+    parser.add_argument(
+        '--repeats', type=int, default=REPEATS, help='timed runs; the median is shown'
+    )
+    parser.add_argument('--output', type=Path, default=Path('build/bench.json'))
+    parser.add_argument(
+        '--soak',
+        type=float,
+        metavar='MINUTES',
+        help='instead: run the node at full rate for so long, and print how its memory grows',
     )
     options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.studies) - set(STUDIES)):
+        parser.error(f'no study {", ".join(unknown)}: expected some of {", ".join(STUDIES)}')
+    if options.threads < 1 or options.repeats < 2:
+        parser.error(f'--threads {options.threads} --repeats {options.repeats}: at least 1 and 2')
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    field, paper = load_model('field'), CMANP(CMANPConfig.paper(2, 1)).eval().requires_grad_(False)
-    rate = _matrix_product_rate(options.repeats)
-    print(f'{options.threads} threads; float32 matrix product {rate / 1e9:.0f} GFLOP/s')
-    print(f'{"implementation":<22}{"work":<14}{"size":>7}{"median":>12}{"spread":>12}')
-    records = []
-    for name, work, size, function in (
-        *(('one tile', *work) for work in _model_works(field)),
-        *(('paper', *work) for work in _model_works(paper)),
-        *(work for num_tiles in WORLDS for work in _world_works(field, num_tiles)),
-    ):
-        times = _times(function, options.repeats)
-        quartiles = statistics.quantiles(times, n=4)
-        record = {
-            'work': work,
-            'size': size,
-            'threads': options.threads,
-            'implementation': name,
-            'median_s': statistics.median(times),
-            'spread_s': quartiles[2] - quartiles[0],
-        }
-        records.append(record)
-        print(
-            f'{name:<22}{work:<14}{size:>7}{record["median_s"] * 1e3:>9.2f} ms'
-            f'{record["spread_s"] * 1e3:>9.2f} ms',
-            flush=True,
-        )
-    if options.stream:
-        records += _stream(field)
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(records, indent=1))
-    print(f'written: {path}')
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    if options.soak is not None:
+        records = shown(soak.soak(options.soak * 60), 'soak', options)
+    else:
+        records = compared(options)
+    options.output.write_text(json.dumps(records, indent=1), encoding='utf-8')
+    print(f'\nwritten: {options.output}')
     return 0
 
 
-@torch.inference_mode()
-def _model_works(model):
-    """Yield (name, size, function) of what is timed on one tile."""
-    empty = model.init_state(1)
-    full = model.update(empty, *_points(1_000))
-
-    def fold(points):
-        return lambda: model.update(full, *points)
-
-    def fold_and_predict(points, targets):
-        return lambda: model.predict(model.update(full, *points), targets)
-
-    yield from (('fold', size, fold(_points(size))) for size in FOLDS)
-    for size in (1, 100):
-        yield 'fold_predict', size, fold_and_predict(_points(10), _points(size)[0])
-    yield 'predict', 10_000, lambda: model.predict(full, _points(10_000)[0])
-
-
-@torch.inference_mode()
-def _world_works(model, num_tiles):
-    """Yield (name, work, size, function) of what is timed in a world of so many tiles."""
-    geometry = Lattice.of(model.config, 1.0)
-    world = World(model, geometry, max_tiles=1 << 20)
-    far = 0
-    while len(world.tiles) < num_tiles:  # ever farther from where the robot is
-        far += 1
-        x = 100.0 * far + 9 * torch.rand(100, 2, dtype=torch.float64)
-        world.fold(x, torch.zeros(100, 1, dtype=torch.float64))
-    x = 4 * torch.rand(1_000, 2, dtype=torch.float64)  # some 49 tiles
-    y = torch.sin(3 * x[:, :1])
-    world.fold(x, y)
-    targets = 4 * torch.rand(10_000, 2, dtype=torch.float64)
-    touched = len(set(map(tuple, geometry.cover(x).key.tolist())))
-
-    def refresh():
-        world.fold(x, y)
-        world.predict(targets[:1])
-        world.pairs(targets[:1000])
-
-    name = f'world of {num_tiles:,} tiles'
-    yield name, 'fold', 100, lambda: world.fold(x[:100], y[:100])
-    yield name, 'refresh', touched, refresh
-    yield name, 'predict', 10_000, lambda: world.predict(targets)
+def compared(options) -> list[Record]:
+    """Run studies, and draw what they found."""
+    rate = matrix_product_rate(options.repeats)
+    print(f'{options.threads} threads; float32 matrix product {rate / 1e9:.0f} GFLOP/s')
+    records = []
+    for name in options.studies or QUICK:
+        with torch.inference_mode():
+            records += shown(STUDIES[name](options.repeats), name, options)
+    try:
+        from cmanp_ros.benchmark import picture
+    except ImportError as error:
+        print(f'no picture: {error}', file=sys.stderr)
+    else:
+        picture.draw(records, options.output.with_suffix('.png'))
+    return [{'matrix_product_flops': rate}, *records]
 
 
-def _stream(model):
-    """Fold 138,632 heights row by row through a small memory; return records."""
-    import matplotlib.cbook
-
-    heights = matplotlib.cbook.get_sample_data('jacksboro_fault_dem.npz')['elevation']
-    rows, columns = heights.shape
-    print(f'{"row":>5}{"points/s":>10}{"tiles":>8}{"in memory":>11}{"process [MB]":>14}')
-    records, place = [], np.arange(columns) * 90.0  # [m] about 3 arc-seconds
-    with tempfile.TemporaryDirectory() as folder:
-        geometry = Lattice.of(model.config, 480.0)
-        field = NeuralField(
-            model, geometry, Normalization(400.0, 150.0), None, 1024, f'{folder}/tiles'
-        )
-        start = time.perf_counter()
-        for row in range(rows):
-            x = np.stack([place, np.full(columns, 90.0 * row)], 1)
-            field.observe(x, heights[row].astype(float))
-            if row % 50 == 49 or row == rows - 1:
-                record = {
-                    'work': 'stream',
-                    'size': field.num_observations,
-                    'threads': torch.get_num_threads(),
-                    'implementation': 'tiles with a store',
-                    'points_per_s': field.num_observations / (time.perf_counter() - start),
-                    'tiles': field.num_tiles,
-                    'tiles_in_memory': field.num_tiles_in_memory,
-                    'process_mb': _resident_mb(),
-                }
-                records.append(record)
-                print(
-                    f'{row + 1:>5}{record["points_per_s"]:>10.0f}{record["tiles"]:>8}'
-                    f'{record["tiles_in_memory"]:>11}{record["process_mb"]:>14.0f}',
-                    flush=True,
-                )
-        field.close()
-    return records
+def shown(records: Iterable[Record], study: str, options) -> list[Record]:
+    """Print records as they come: what the first of equal work and size took is the unit."""
+    print(f'\n{study}\n{"work":<28}{"size":>9}  {"implementation":<26}', end='')
+    print(f'{"median":>12}{"spread":>11}{"ratio":>8}{"peak":>10}')
+    found: list[Record] = []
+    for record in records:
+        record = record | {'study': study, 'threads': options.threads}
+        found.append(record)
+        print(_line(record, _ratio(record, found)), flush=True)
+    return found
 
 
-def _resident_mb():
-    """Return the memory that this process holds now [MB]."""
-    pages = int(Path('/proc/self/statm').read_text(encoding='ascii').split()[1])
-    return pages * os.sysconf('SC_PAGE_SIZE') / 1e6
+def _ratio(record, records):
+    same = (r for r in records if (r['work'], r['size']) == (record['work'], record['size']))
+    return record['median_s'] / next(same)['median_s']
 
 
-def _points(count):
-    x = 4 * torch.rand(1, count, 2) - 2
-    return x, torch.sin(3 * x[..., :1])
+def _line(record, ratio):
+    peak = record.get('peak_bytes')
+    memory = '-' if peak is None else f'{peak / 1e6:.1f} MB'
+    line = (
+        f'{record["work"]:<28}{record["size"]:>9,}  {record["implementation"]:<26}'
+        f'{_time(record["median_s"]):>12}{_time(record["spread_s"]):>11}{ratio:>8.2f}{memory:>10}'
+    )
+    known = ('work', 'size', 'implementation', 'median_s', 'spread_s', 'peak_bytes')
+    more = [f'{k} {_number(v)}' for k, v in record.items() if k not in (*known, *OF_RUN)]
+    return f'{line}  {", ".join(more)}'.rstrip()
 
 
-@torch.inference_mode()
-def _times(function, repeats):
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return times
+OF_RUN = ('study', 'threads')
 
 
-def _matrix_product_rate(repeats):
-    """Return the rate of float32 matrix products [FLOP/s]."""
-    a = torch.randn(1024, 1024)
-    return 2 * 1024**3 / statistics.median(_times(lambda: a @ a, repeats))
+def _time(seconds):
+    return f'{seconds * 1e3:.3f} ms' if seconds < 0.1 else f'{seconds * 1e3:,.0f} ms'
+
+
+def _number(value):
+    return f'{value:,.3g}' if isinstance(value, float) else f'{value:,}'

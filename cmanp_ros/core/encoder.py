@@ -72,7 +72,8 @@ class Encoder(nn.Module):
         """
         gather, latents = self.gather, self.block_latents
         used = (*gather.parameters(), latents)
-        if torch.is_grad_enabled() and any(part.requires_grad for part in used):
+        learns = torch.is_grad_enabled() and any(part.requires_grad for part in used)
+        if learns or any(part.is_inference() for part in used):  # or nobody tells of changes
             return self._project()
         version = [(part.data_ptr(), part._version) for part in used]
         if self._projected is None or self._projected[0] != version:
