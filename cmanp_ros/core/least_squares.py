@@ -425,13 +425,10 @@ def _averaged(config, weight):
     """
     Return the share (batch, settings, dim_y) of each setting in the average; of most it is 0.
 
-    Averaged are the most likely ones, as many as it takes to have `averaged_weight`.
+    Averaged are the most likely ones for each output, as many as have `averaged_weight`.
     """
-    number = min(config.num_averaged, weight.shape[1])
-    kept = weight.sum(-1).topk(number, dim=1).indices.unsqueeze(-1).expand(-1, -1, weight.shape[2])
-    share = weight.gather(1, kept)
-    before = share.cumsum(1) - share
-    share = torch.where((before < config.averaged_weight).any(-1, keepdim=True), share, 0.0)
+    share, kept = weight.topk(min(config.num_averaged, weight.shape[1]), dim=1)
+    share = torch.where(share.cumsum(1) - share < config.averaged_weight, share, 0.0)
     return torch.zeros_like(weight).scatter_(1, kept, share / share.sum(1, keepdim=True))
 
 
