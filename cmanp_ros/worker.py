@@ -102,7 +102,8 @@ class Worker:
                 )
                 if self._stopping:
                     return
-                batch = self._batches.popleft() if not self._questions else None
+                first = self._batches and not self._questions
+                batch = self._batches.popleft() if first else None
             self._answer()
             if batch is not None:
                 for _ in self._fold(batch):

@@ -22,27 +22,32 @@ def soak(seconds: float) -> Iterator[Record]:
         driving = threading.Thread(target=robot.drive, args=(seconds, NUM_POINTS), daemon=True)
         start = time.monotonic()
         driving.start()
-        times, sizes = [], []
-        for number in range(1, SAMPLES + 1):
-            time.sleep(max(start + number * seconds / SAMPLES - time.monotonic(), 0.0))
-            times.append(time.monotonic() - start)
-            sizes.append(status_bytes('VmRSS', child.process.pid))
-            points, messages = robot.counts('points'), robot.counts('messages')
-            latency = np.array(robot.latencies)
-            record = {
-                'work': 'soak',
-                'size': points.folded,
-                'implementation': 'cmanp node',
-                'median_s': float(np.median(latency)),
-                'spread_s': float(np.subtract(*np.quantile(latency, [0.75, 0.25]))),
-                'peak_bytes': sizes[-1],
-                'seconds': round(times[-1], 1),
-                'messages_dropped': messages.dropped,
-            }
-            if number == SAMPLES:
-                record |= slope(times, sizes)
-            yield record
-        driving.join()
+        try:
+            yield from _samples(robot, child.process.pid, start, seconds)
+        finally:
+            driving.join()
+
+
+def _samples(robot, process, start, seconds):
+    times, sizes = [], []
+    for number in range(1, SAMPLES + 1):
+        time.sleep(max(start + number * seconds / SAMPLES - time.monotonic(), 0.0))
+        times.append(time.monotonic() - start)
+        sizes.append(status_bytes('VmRSS', process))
+        latency = np.array(robot.latencies or [np.nan])
+        record = {
+            'work': 'soak',
+            'size': robot.counts('points').folded,
+            'implementation': 'cmanp node',
+            'median_s': float(np.median(latency)),
+            'spread_s': float(np.subtract(*np.quantile(latency, [0.75, 0.25]))),
+            'peak_bytes': sizes[-1],
+            'seconds': round(times[-1], 1),
+            'messages_dropped': robot.counts('messages').dropped,
+        }
+        if number == SAMPLES:
+            record |= slope(times, sizes)
+        yield record
 
 
 def slope(times: list[float], sizes: list[int]) -> Record:

@@ -382,7 +382,7 @@ def posterior(
     weight = log_weight.softmax(1)  # (batch, settings, dim_y)
     amplitude2 = _amplitudes(config, e, scale)
 
-    share = _averaged(config, weight)
+    share = averaged(config, weight)
     mean, noise = torch.zeros_like(moment), torch.zeros_like(scale)
     covariance = gram.new_zeros(len(gram), weight.shape[-1], *gram.shape[1:])
     solved = []
@@ -421,7 +421,7 @@ def posterior(
     return Regression(mean, covariance, noise, summary)
 
 
-def _averaged(config, weight):
+def averaged(config: LeastSquaresConfig, weight: Tensor) -> Tensor:
     """
     Return the share (batch, settings, dim_y) of each setting in the average; of most it is 0.
 

@@ -122,6 +122,29 @@ def test_every_chunking_of_masked_points_equals_all_at_once(points, sizes):
     assert_same(reduce(merge, [sums(query, *part) for part in parts]), sums(*points, mask))
 
 
+@pytest.mark.skipif(not attention.HAS_FUSED, reason='this torch has no fused kernel for the CPU')
+@pytest.mark.parametrize('n', [1, 2, 7, 100, 1024, 1025])
+@pytest.mark.parametrize('ragged', [False, True])
+@pytest.mark.parametrize(('dtype', 'limit'), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_fused_kernel_equals_plain_operations(n, ragged, dtype, limit):
+    query = torch.randn(BLOCK, HEAD, QUERY, DIM, dtype=dtype)
+    key, value = torch.randn(2, BATCH, BLOCK, HEAD, n, DIM, dtype=dtype)
+    mask = torch.rand(BATCH, n) < 0.5 if ragged else None
+    if ragged:
+        mask[-1] = False  # nothing at all
+    found = attention.fused_softmax(query, key, value, mask)
+    expected = attention.plain_softmax(query, key, value, mask)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=limit, atol=limit)
+
+
+def test_sums_learn_by_plain_operations(points):
+    query = points[0].clone().requires_grad_()
+    assert sums(query, *points[1:]).logsumexp.requires_grad
+    with torch.inference_mode():
+        assert_same(sums(query, *points[1:]), softmax_attention(*points))
+
+
 def test_masked_points_have_no_part_in_gradients(points):
     mask, gradients = ragged()[:1], []
     query, key, value = points[0], points[1][:1], points[2][:1]

@@ -281,13 +281,27 @@ def test_settings_kept_are_those_of_most_evidence():
             [DenseGP(config, arrays[0], values, arrays[2], setting) for values in arrays[1]]
             for setting in settings_of(config)
         ]
-        weight = softmax([[gp.log_evidence for gp in pair] for pair in gps], axis=0).sum(-1)
-        kept = np.argsort(weight)[-3:]
+        weight = softmax([[gp.log_evidence for gp in pair] for pair in gps], axis=0)
         for output in range(DIM_Y):
+            kept = np.argsort(weight[:, output])[-3:]
             _, *expected = mixture([gps[index][output] for index in kept])
             np.testing.assert_allclose(mean[row, :, output], expected[0], **EXACT)
             diagonal = expected[1].diagonal()
             np.testing.assert_allclose(variance[row, :, output], diagonal, **EXACT)
+
+
+def test_as_many_settings_are_averaged_as_have_most_of_the_weight():
+    weight = torch.tensor([[0.5, 0.1, 0.3, 0.08, 0.02], [0.98, 0.0, 0.0, 0.0, 0.02]])
+    for most, expected in (
+        (0.4, [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]),
+        (0.79, [[0.5, 0, 0.3, 0, 0], [1, 0, 0, 0, 0]]),
+        (0.85, [[0.5, 0.1, 0.3, 0, 0], [1, 0, 0, 0, 0]]),
+        (1.0, [[0.5, 0.1, 0.3, 0.08, 0.02], [0.98, 0, 0, 0, 0.02]]),
+    ):
+        config = config_of(2, averaged_weight=most, num_averaged=5)
+        found = least_squares.averaged(config, weight.double().unsqueeze(-1)).squeeze(-1)
+        expected = torch.tensor(expected).double()
+        torch.testing.assert_close(found, expected / expected.sum(1, keepdim=True))
 
 
 def test_summary_holds_the_posterior_of_the_hyperparameters():
