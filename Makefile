@@ -19,13 +19,19 @@ lint: setup
 	$(VENV)/bin/codespell
 	$(VENV)/bin/python scripts/check_xml_yaml.py
 
-bench: setup
+# With the peers of requirements/evaluate.txt; some 25 minutes.
+bench: $(VENV)/.peers
 	$(VENV)/bin/cmanp bench
 
 # The pages of docs/ and the API reference, in build/docs/. A warning is an error.
 docs: setup
 	$(VENV)/bin/sphinx-build -W --keep-going -q -d build/doctrees docs build/docs
 	@echo written: build/docs/index.html
+
+$(VENV)/.peers: $(VENV)/.installed requirements/evaluate.txt constraints.txt
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -r requirements/evaluate.txt
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build install log

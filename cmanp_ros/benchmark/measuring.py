@@ -39,6 +39,19 @@ def measure(
         yield record | spread(times[name]) | {'peak_bytes': peak_bytes(function)}
 
 
+def once(work: str, size: int, name: str, function: Callable) -> Record:
+    """Time one call of what takes long, in a copy of this process; its memory likewise."""
+
+    def timed():
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    seconds, peak = apart(timed)
+    record = {'work': work, 'size': size, 'implementation': name}
+    return record | {'median_s': seconds, 'spread_s': 0.0, 'peak_bytes': peak}
+
+
 def spread(times: list[float]) -> Record:
     """Return median and distance of the quartiles."""
     quartiles = statistics.quantiles(times, n=4)

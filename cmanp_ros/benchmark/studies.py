@@ -10,7 +10,7 @@ import torch
 
 from cmanp_ros.benchmark import peers
 from cmanp_ros.benchmark.eager import EagerCMANP
-from cmanp_ros.benchmark.measuring import Record, apart, measure, spread, status_bytes
+from cmanp_ros.benchmark.measuring import Record, apart, measure, once, spread, status_bytes
 from cmanp_ros.benchmark.peers import Peer
 from cmanp_ros.checkpoint import load_model, load_reference
 from cmanp_ros.core import CMANP, CMANPConfig, Lattice, Normalization, World
@@ -77,9 +77,11 @@ def tiles(repeats: int) -> Iterator[Record]:
         yield from measure('fold', size, {TILES: lambda new=new: world.fold(*new)}, repeats)
     for size in TOUCHED:
         yield from measure('refresh tiles', *_refresh(model, size), repeats)
-    for size in (10_000, 1_000_000):
+    for size in (1_000, 10_000):
         at = spread_over(4, size)[0]
         yield from measure('predict', size, {TILES: lambda at=at: world.predict(at)}, repeats)
+    at = spread_over(4, 1_000_000)[0]
+    yield once('predict', len(at), TILES, lambda: world.predict(at))
     for known in WORLDS:
         world = World(model, Lattice.of(model.config, 1.0), max_tiles=1 << 20)
         for step in range(1, 1 << 20):  # ever farther from where the robot is
