@@ -219,8 +219,8 @@ def test_sums_refuse_tensors_that_do_not_belong_together(points):
 
 
 @pytest.mark.slow
-def test_a_million_single_points_stay_exact(without_shape_checks):
-    count, dim = 1_000_000, 3
+def test_many_single_points_stay_exact(without_shape_checks):
+    count, dim = 200_000, 3
     query = 0.5 * torch.randn(1, 1, 1, dim, dtype=torch.float64)
     key = torch.randn(count, 1, 1, 1, dim, dtype=torch.float64)  # a batch of single points
     value = torch.rand(count, 1, 1, 1, dim, dtype=torch.float64)
