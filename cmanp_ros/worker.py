@@ -20,8 +20,10 @@ def is_over(future: Future | None) -> bool:
 
 class Worker:
     """
-    One thread, three queues: answers go first, so that a burst of observations delays no client;
-    then observations; long work, such as a grid, goes on a step at a time after each of them.
+    One thread, three queues.
+
+    Answers go first, so that a burst of observations delays no client; then observations; long
+    work, such as a grid, goes on a step at a time after each of them.
     """
 
     def __init__(self, fold: Callable[[Any], Iterable[None]], queue_size: int):
@@ -102,9 +104,8 @@ class Worker:
                 )
                 if self._stopping:
                     return
-                first = self._batches and not self._questions
-                batch = self._batches.popleft() if first else None
-            self._answer()
+                batch = self._batches.popleft() if self._batches else None
+            self._answer()  # who asks all the time holds up no observations: one batch each time
             if batch is not None:
                 for _ in self._fold(batch):
                     self._answer()
@@ -127,7 +128,7 @@ class Worker:
         self._long.popleft()
 
     def _answer(self):
-        while self._questions:
+        for _ in range(len(self._questions)):
             question, future = self._questions.popleft()
             if future.set_running_or_notify_cancel():
                 try:

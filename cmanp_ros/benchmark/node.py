@@ -20,8 +20,7 @@ NUM_POINTS = (1_000, 10_000)  # of a cloud
 RATE_HZ, QUERY_RATE_HZ, GRID_RATE_HZ = 10.0, 20.0, 2.0
 NUM_TARGETS = 100  # of a query
 SPEED, SIGHT = 1.0, 5.0  # [m/s] of the robot, [m] around it that it sees
-VOXEL_M = 0.25  # of the large clouds: a fourth of a tile
-GRID_M = 25.0  # 100 cells of 0.25 m
+VOXEL_M = 0.25  # of the large clouds: a twentieth of a tile
 
 
 class Robot:
@@ -181,11 +180,9 @@ def robot_and_node(**parameters):
             stop([child], 10.0)
 
 
-PARAMETERS = {
-    'tile_size': 1.0,
+PARAMETERS = {  # else the defaults: tiles of 5 m in a workspace of 50 m
+    'grid_resolution': 0.5,
     'publish_rate': GRID_RATE_HZ,
-    'grid_window': GRID_M,
-    'grid_resolution': 0.25,
     'status_rate': 2.0,
 }
 

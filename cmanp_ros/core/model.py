@@ -20,7 +20,7 @@ from cmanp_ros.core.predictive import PredictiveDistribution
 from cmanp_ros.core.state import State, merge
 from cmanp_ros.core.stochastic import GlobalVariable
 
-TARGETS_AT_ONCE = 4096  # bounds the memory of a prediction
+TARGETS_AT_ONCE = 2048  # bounds the memory of a prediction, and fits in caches
 
 
 class Encoding(NamedTuple):

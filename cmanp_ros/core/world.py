@@ -25,7 +25,9 @@ from cmanp_ros.core.tiles import Key, Tiles, keys_of
 SHARING = 0.5  # weight of a neighbour's evidence, to the power of its distance in tiles
 SCALE_STEP = 0.25  # of the log of the amplitude's prior scale
 AT_ONCE = 1 << 13  # points or targets times tiles: bounds the memory of one step, fits in caches
+FEW = 1 << 12  # pairs, padded ones included, that go together whatever their tiles
 TARGETS_AT_ONCE = 4096
+ORDERED_AT_ONCE = 1 << 16  # targets of which those of a tile are brought together
 SOLVED_AT_ONCE = 16  # tiles: what their regressions need fits in caches
 
 
@@ -338,8 +340,10 @@ class World:
         """
         Yield indices of targets that lie close together, so that their tiles fit in memory.
         """
-        for chunk in self.geometry.order(x).split(TARGETS_AT_ONCE):
-            yield from self._fitting(x, chunk)
+        for start in range(0, len(x), ORDERED_AT_ONCE):
+            order = start + self.geometry.order(x[start : start + ORDERED_AT_ONCE])
+            for chunk in order.split(TARGETS_AT_ONCE):
+                yield from self._fitting(x, chunk)
 
     def _fitting(self, x, chunk):
         if len(self.tiles) > self.tiles.num_in_memory and len(chunk) > 1:
@@ -560,6 +564,8 @@ def groups(tile: Tensor, limit: int):
     tiles, count = tile[order].unique_consecutive(return_counts=True)
     start = count.cumsum(0) - count
     bucket = count.double().log2().ceil().long()
+    if len(tile) and len(tiles) <= limit and len(tiles) * int(count.max()) <= FEW:
+        bucket = torch.zeros_like(bucket)  # padding costs less than more calls
     for size in bucket.unique().tolist():
         members = (bucket == size).nonzero()[:, 0]
         widest = int(count[members].max())

@@ -42,7 +42,22 @@ def test_long_work_goes_on_between_all_else(worker, said):
     worker.start()
     done.result(TIMEOUT_SEC)
     # A question waits for nothing, a batch for a step, and no batch stops the grid.
-    assert said == ['answer', 'grid0', 'a', 'grid1', 'b', 'grid2']
+    assert said == ['answer', 'a', 'grid0', 'b', 'grid1', 'grid2']
+
+
+def test_one_who_asks_all_the_time_holds_up_nobody(worker, said):
+    def again():
+        if len(said) < 3:
+            worker.ask(again)
+        said.append('answer')
+
+    worker.ask(again)
+    worker.offer(['a'])
+    done = worker.work(steps(said, 'grid', 1))
+    worker.start()
+    done.result(TIMEOUT_SEC)
+    assert said.index('a') == 1
+    assert 'grid0' in said[:4]
 
 
 def test_questions_asked_during_a_step_are_answered_before_the_next(worker, said):
