@@ -100,7 +100,7 @@ def paper_flops(config: CMANPConfig, num_points: int) -> int:
 def values() -> dict[str, str]:
     """Return everything that the page shows."""
     found = records()
-    rate, before = found[0]['matrix_product_flops'], records('before')
+    rate = found[0]['matrix_product_flops']
     soaked = records('soak')[1:] if (FIGURES / 'soak.json').is_file() else []
     fold = time_of(found, 'fold', 10_000)
     return {
@@ -116,7 +116,7 @@ def values() -> dict[str, str]:
         'terrain': comparison(found, ('1,024 points in, answers out',)),
         'node': node(found),
         'soak': soak(soaked),
-        'before': profile(before, found),
+        'before': profile(records('before'), records('after')),
     }
 
 
@@ -135,26 +135,15 @@ def soak(found: list[dict]) -> str:
     )
 
 
-BEFORE = (  # what is shown, (work, size, implementation) before and now
-    ('paper: fold 10', ('fold', 10, 'paper'), ('fold', 10, 'cmanp')),
-    ('paper: fold 10,000', ('fold', 10_000, 'paper'), ('fold', 10_000, 'cmanp')),
-    ('paper: fold 10, predict 1', ('fold_predict', 1, 'paper'), ('fold 10, predict', 1, 'cmanp')),
-    ('paper: predict 10,000', ('predict', 10_000, 'paper'), ('predict', 10_000, 'cmanp')),
-    (
-        'tiles: predict 10,000',
-        ('predict', 10_000, 'world of 1 tiles'),
-        ('predict', 10_000, 'cmanp tiles'),
-    ),
-)
-
-
 def profile(before: list[dict], now: list[dict]) -> str:
-    """Return a table of what changed."""
-    lines = ['| work | before | now | times |', '| --- | ---: | ---: | ---: |']
-    for shown, (work, size, name), there in BEFORE:
-        first, last = time_of(before, work, size, name), time_of(now, *there)
+    """Return a table of what changed, of two runs of one script one after the other."""
+    lines = ['| model | work | size | before | now | times |']
+    lines.append('| --- | --- | ---: | ---: | ---: | ---: |')
+    for first, last in zip(before, now, strict=True):
         lines.append(
-            f'| {shown} | {milliseconds(first)} | {milliseconds(last)} | {first / last:.1f} |'
+            f'| {first["implementation"]} | {first["work"]} | {first["size"]:,} | '
+            f'{milliseconds(first["median_s"])} | {milliseconds(last["median_s"])} | '
+            f'{first["median_s"] / last["median_s"]:.1f} |'
         )
     return '\n'.join(lines)
 

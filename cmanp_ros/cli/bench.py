@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from cmanp_ros.benchmark import node, soak, studies
 from cmanp_ros.benchmark.measuring import REPEATS, Record, matrix_product_rate
@@ -43,6 +44,7 @@ def main(arguments) -> int:
     if options.threads < 1 or options.repeats < 2:
         parser.error(f'--threads {options.threads} --repeats {options.repeats}: at least 1 and 2')
     torch.set_num_threads(options.threads)
+    threadpool_limits(options.threads, 'blas')  # numpy's, of the peers
     torch.manual_seed(0)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.soak is not None:

@@ -54,7 +54,7 @@ def test_more_data_never_make_the_expected_stddev_grow(new_map):
 
 def test_repeated_readings_shrink_the_stddev_towards_the_noise(new_map):
     counts = (0, 1, 10, 100, 1000)
-    found = np.zeros((3, len(counts)))
+    found = np.zeros((16, len(counts)))
     for seed in range(len(found)):
         x, y, readings, *_ = drawn(seed, 61, 7, at_spot=counts[-1])
         field = new_map()
