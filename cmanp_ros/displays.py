@@ -93,8 +93,8 @@ class View:
     """
     The map: messages by the names of their topics. For the worker's thread.
 
-    What is observed while it predicts is in what it predicts afterwards: every cell is as new as
-    its step.
+    What is observed while it predicts is in what it predicts afterwards: no cell is older than the
+    stamp, some are newer.
     """
 
     def __init__(self, node, costmap=None):
@@ -108,6 +108,7 @@ class View:
         self._field = node.fleet.combined
         self._grid = visualization.grid_targets(*self._window(), self._p.grid_resolution)
         self._mean, self._stddev = np.empty((2, len(self._grid.targets)))
+        self._header = node.header()  # no cell is older
 
     def predict(self):
         """Predict the grid: an iterator, a few cells at a time."""
@@ -117,7 +118,6 @@ class View:
             mean, stddev = self._field.predict(x[cells])
             self._mean[cells], self._stddev[cells] = mean[:, 0], stddev[:, 0]
             yield
-        self._header = self._node.header()
 
     def field(self) -> PointCloud2:
         """Show all as points."""

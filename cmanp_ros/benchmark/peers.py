@@ -102,8 +102,8 @@ class Eager(_Incremental):
         return memory.nbytes
 
 
-class Points(NamedTuple):
-    """All that was observed."""
+class Kept(NamedTuple):
+    """All that was observed, for those that keep it."""
 
     x: Tensor
     y: Tensor
@@ -115,11 +115,11 @@ class _KeepsAll:
     limit: int | None = None
 
     def condition(self, chunks):
-        points = Points(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+        points = Kept(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
         return points, self.encode(points)
 
     def update(self, memory, x, y):
-        return self.condition([memory[0], Points(x, y)])
+        return self.condition([memory[0], Kept(x, y)])
 
     def nbytes(self, memory):
         return sum(part.nbytes for part in memory[0])
