@@ -196,7 +196,7 @@ def test_malformed_cloud_is_counted_by_reason_and_changes_nothing(start_node, cl
     node = start_node(max_points=50)
     points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
     points.publish(cloud(scattered(23)))
-    wait_for(lambda: node.field.num_observations == 23)
+    wait_for(lambda: counts(node)[0].folded == 23)
     before = node.field.version
     points.publish(malformed(reason))
     wait_for(lambda: counts(node)[1].rejected == {reason: 1})

@@ -137,6 +137,12 @@ def test_browser_gets_map_status_place_and_answers(start_node, start_view, clien
 
         # Until both know of each other, best effort loses messages.
         place = page.wait_for(lambda newest: newest.get('place') or publisher.publish(observed))
+
+        def has_settled():  # what is still on its way would change the answers below
+            before = node.field.num_observations
+            return not threading.Event().wait(1.0) and node.field.num_observations == before
+
+        wait_for(has_settled)
         assert [place['x'], place['y']] == pytest.approx(x.mean(axis=0), abs=1e-6)
 
         def is_told(newest):
