@@ -288,7 +288,8 @@ def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums)
     scale, noise2 = _settings(config, variances.to(gram.device))
     parts = []
     for some in torch.arange(len(scale)).split(max(1, MATRICES_AT_ONCE // max(1, len(gram)))):
-        factor, rhs = _whitened(gram.unsqueeze(1), moment.unsqueeze(1), scale[some], noise2[some])
+        factor = _factor(gram.unsqueeze(1), scale[some], noise2[some])
+        rhs = moment.unsqueeze(1) * (scale[some] / noise2[some]).unsqueeze(-1)
         half = torch.linalg.solve_triangular(factor, rhs, upper=False)
         left = sum_squares.unsqueeze(1) / noise2[some] - half.square().sum(-2)
         whole = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -307,14 +308,13 @@ def _settings(config, variances):
     return scale, ratios.square().repeat(len(variances)).unsqueeze(-1)
 
 
-def _whitened(gram, moment, scale, noise2):
+def _factor(gram, scale, noise2):
     """
-    Return the factor of the posterior precision of weights in units of their prior, and its rhs.
+    Return the Cholesky factor of the posterior precision of weights in units of their prior.
     """
-    relative = scale / noise2
-    precision = gram * (relative.unsqueeze(-1) * scale.unsqueeze(-2))
+    precision = gram * ((scale / noise2).unsqueeze(-1) * scale.unsqueeze(-2))
     precision.diagonal(dim1=-2, dim2=-1).add_(1)
-    return cholesky(precision), moment * relative.unsqueeze(-1)
+    return cholesky(precision)
 
 
 def default_scale(config: LeastSquaresConfig, batch: int, dim_y: int, device=None) -> Tensor:
@@ -389,14 +389,15 @@ def posterior(
     for part in (share > 0).any(-1).nonzero().split(MATRICES_AT_ONCE):
         tile, setting = part.T
         prior, noise2 = scale_of[setting], noise2_of[setting]
-        factor, rhs = _whitened(gram[tile], moment[tile], prior, noise2)
-        inverse = torch.cholesky_inverse(factor).mul_(prior.unsqueeze(-1) * prior.unsqueeze(-2))
+        inverse = torch.cholesky_inverse(_factor(gram[tile], prior, noise2)).mul_(
+            prior.unsqueeze(-1) * prior.unsqueeze(-2)
+        )
         w = inverse @ (moment[tile] / noise2.unsqueeze(-1))
         scaled = share[tile, setting] * amplitude2[tile, setting]  # (part, dim_y)
         noise.index_add_(0, tile, scaled * noise2)
         mean.index_add_(0, tile, share[tile, setting].unsqueeze(1) * w)
-        for output, factor in enumerate(scaled.unbind(-1)):
-            covariance[:, output].index_add_(0, tile, inverse * factor[:, None, None])
+        for output, size in enumerate(scaled.unbind(-1)):
+            covariance[:, output].index_add_(0, tile, inverse * size[:, None, None])
         solved.append((tile, share[tile, setting], w))
     for tile, part, w in solved:  # the settings disagree: that is uncertainty too
         spread = ((w - mean[tile]) * part.sqrt().unsqueeze(1)).mT  # (part, dim_y, functions)
