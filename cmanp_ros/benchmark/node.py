@@ -2,6 +2,7 @@
 The node as a robot has it: clouds, a grid and queries at once, over DDS, in processes of its own.
 """
 
+import os
 import tempfile
 import threading
 import time
@@ -233,7 +234,5 @@ def record_of(robot: Robot, num_points: int, is_thinned: bool) -> Record:
 
 def processor_seconds(process: int) -> float:
     """Return the processor time of a process so far [s]."""
-    import os
-
     fields = Path(f'/proc/{process}/stat').read_text(encoding='ascii').rsplit(')', 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
