@@ -286,7 +286,8 @@ def draw_real(path):
         for number, row in enumerate(found):
             seconds = row['seconds_fit'][0] + row['seconds_predict'][0]
             mean, error = row['log_likelihood_to_reference']
-            color, marker = f'C{number % 10}', 'osD^vP*X<>h'[number % 11]
+            is_ours, marker = row['method'] == 'cmanp tiles', 'osD^vP*X<>h'[number % 11]
+            color = 'black' if is_ours else f'C{number % 10}'  # the colors begin again at ours
             axis.errorbar(seconds, mean, error, fmt=marker, ms=6, color=color, label=row['method'])
         added = f', noise {noise:g}' if noise else ''
         axis.set(xscale='log', title=f'{kind}, {num_context} observed{added}')
