@@ -23,8 +23,8 @@ from cmanp_ros.core.lattice import FARTHEST
 from cmanp_ros.core.state import from_tensors
 from cmanp_ros.core.tiles import keys_of
 
-FORMAT_VERSION = 2
 MODEL, MAP = 'cmanp_ros model', 'cmanp_ros map'
+FORMAT_VERSION = {MODEL: 2, MAP: 3}
 
 
 class OtherWeightsError(CheckpointError):
@@ -320,7 +320,7 @@ def _bytes(kind, tensors, header):
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         'kind': kind,
-        'format_version': str(FORMAT_VERSION),
+        'format_version': str(FORMAT_VERSION[kind]),
         'header': json.dumps(header, sort_keys=True),
         'sha256': _digest(tensors, header),
     }
@@ -384,10 +384,10 @@ def _parse(data, kind, path):
         raise CheckpointError(
             f'{path} is {metadata.get("kind", "a foreign safetensors file")!r}, expected {kind!r}'
         )
-    if metadata.get('format_version') != str(FORMAT_VERSION):
+    if metadata.get('format_version') != str(FORMAT_VERSION[kind]):
         raise CheckpointError(
             f'{path} has format version {metadata.get("format_version")}, this release reads '
-            f'{FORMAT_VERSION}: use the release that wrote it'
+            f'{FORMAT_VERSION[kind]}: use the release that wrote it'
         )
     try:
         header = json.loads(metadata.get('header', ''))

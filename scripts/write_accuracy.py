@@ -300,7 +300,7 @@ def draw_real(path):
 
 
 KEPT = {
-    'cmanp tiles': 'tiles, 68 kB each',
+    'cmanp tiles': 'tiles, 31 kB each',
     'exact GP': 'all observations, squared',
     'local GP': 'all observations',
     'sparse GP': 'inducing points',

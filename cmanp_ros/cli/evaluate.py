@@ -271,7 +271,7 @@ def _seams(options):
         rows.append({'field': kind, **seams.seams(field, -1.9, 1.9)._asdict()})
         if number == 0:
             seams.draw(field, options.picture)
-    print('jumps at borders: the largest, and the mean of all')
+    print('jumps where tiles change: the largest, and the mean of all')
     print(scores.terminal_table([{k: _pair(v) for k, v in row.items()} for row in rows]))
     print(f'picture: {options.picture}')
     return 0

@@ -18,6 +18,7 @@ from cmanp_ros.core.config import CMANPConfig
 from cmanp_ros.core.errors import ConfigError
 
 HALF_WIDTH = 2.0  # of a tile, in tile coordinates
+LEAST_WINDOW = 0.2  # of the mean window: with less a tile does not answer
 FARTHEST = 2.0**40  # [tiles] from the origin: beyond it neighbours could not be told apart
 
 
@@ -74,25 +75,43 @@ class Lattice:
         :param x: (n, dim_x) [m].
         :param level: of which level only; None: of all.
         """
-        levels = range(self.num_levels) if level is None else (level,)
-        return Cover(*map(torch.cat, zip(*(self._cover(x, one) for one in levels), strict=True)))
+        return self._cover(x, range(self.num_levels) if level is None else (level,), 0.0)
 
-    def _cover(self, x, level):
+    def answering(self, x: Tensor) -> Cover:
+        """
+        Return the tiles that answer at each location: not those at whose border it lies.
+
+        They know least of it, and are a third of all that cover it. Windows fade to zero where a
+        tile stops to answer, and those of a level still add up to one.
+
+        :param x: (n, dim_x) [m].
+        """
+        return self._cover(x, range(self.num_levels), LEAST_WINDOW / 2**self.dim_x)
+
+    def _cover(self, x, levels, least):
+        parts = zip(*(self._of_level(x, level, least) for level in levels), strict=True)
+        return Cover(*map(torch.cat, parts))
+
+    def _of_level(self, x, level, least):
         position = x.double() / self.spacing(level)  # (n, dim_x)
         cell = position.floor()
         steps = torch.tensor(list(product((0, 1), repeat=self.dim_x)), device=x.device)
         tile = cell.unsqueeze(1) - steps  # (n, 2**dim_x, dim_x)
         u = HALF_WIDTH * (position.unsqueeze(1) - tile - 1)
-        window = torch.cos(u * (torch.pi / 4)).square().prod(-1)
-        key = torch.nn.functional.pad(tile.long(), (1, 0), value=level)
-        index = torch.arange(len(x), device=x.device).repeat_interleave(len(steps))
-        return index, key.flatten(0, 1), u.flatten(0, 1), window.flatten()
+        window = (torch.cos(u * (torch.pi / 4)).square().prod(-1) - least).clamp(min=0)
+        window = window / window.sum(1, keepdim=True)
+        index, column = (window > 0 if least else torch.ones_like(window)).nonzero(as_tuple=True)
+        key = torch.nn.functional.pad(tile[index, column].long(), (1, 0), value=level)
+        return index, key, u[index, column], window[index, column]
 
     def order(self, x: Tensor) -> Tensor:
         """Return an order (n,) of locations in which those of a tile of any level are together."""
-        levels = reversed(range(self.num_levels))
-        cells = torch.cat([(x.double() / self.spacing(level)).floor() for level in levels], 1)
-        return cells.unique(dim=0, return_inverse=True)[1].argsort(stable=True)
+        order = torch.arange(len(x), device=x.device)
+        for level in range(self.num_levels):
+            cells = (x.double() / self.spacing(level)).floor()
+            for cell in cells.unbind(1):
+                order = order[cell[order].argsort(stable=True)]
+        return order
 
     def neighbours(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -150,6 +169,10 @@ class OneTile:
         index = torch.arange(len(x), device=x.device)
         key = torch.zeros(len(x), 1 + self.dim_x, dtype=torch.int64, device=x.device)
         return Cover(index, key, u, torch.ones_like(u[:, 0]))
+
+    def answering(self, x: Tensor) -> Cover:
+        """Return the one tile for each location (n, dim_x) [m]; see `Lattice.answering`."""
+        return self.cover(x)
 
     def order(self, x: Tensor) -> Tensor:
         """Return the locations (n, dim_x) as they come; see `Lattice.order`."""

@@ -1,9 +1,8 @@
 """
-The second memory: Bayesian linear regression on fixed basis functions, as additive sums.
+The second memory: Bayesian linear regression on fixed functions, as additive sums.
 
-The basis are the eigenfunctions of the Laplacian on a box (Hilbert-space reduced-rank GP, Solin
-and Saerkkae 2020, doi 10.1007/s11222-019-09886-w), a constant, and the coordinates. The sums do
-not depend on hyperparameters: those enter in `solve`, through the spectral density.
+The functions are those of `basis`. The sums do not depend on hyperparameters: those enter in
+`solve`, through the spectral density of the covariance (Solin and Saerkkae 2020).
 """
 
 from functools import cache
@@ -14,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cmanp_ros.core import basis
 from cmanp_ros.core.config import LeastSquaresConfig
 from cmanp_ros.core.lattice import HALF_WIDTH
-from cmanp_ros.core.linalg import cholesky, inner_products
+from cmanp_ros.core.linalg import cholesky
 
 
 class LeastSquaresSums(NamedTuple):
@@ -25,7 +25,7 @@ class LeastSquaresSums(NamedTuple):
     """
 
     gram: Tensor
-    """(batch, num_functions * (num_functions + 1) / 2): lower triangle of sum phi phi^T."""
+    """(batch, num_products): what sum phi phi^T is made of, see `basis.gram`."""
     moment: Tensor
     """(batch, num_functions, dim_y): sum phi y."""
     sum_squares: Tensor
@@ -45,44 +45,14 @@ class Regression(NamedTuple):
 
     mean: Tensor
     """(batch, num_functions, dim_y)."""
-    covariance: Tensor
-    """(batch, dim_y, num_functions, num_functions)."""
+    quadratic: Tensor
+    """(batch, dim_y, num_products): the covariance as `basis.evaluate` takes it."""
     noise_variance: Tensor
     """(batch, dim_y)."""
     summary: Tensor
-    """(batch, dim_y, num_summaries): posterior of the hyperparameters, see `solve`."""
-
-
-def frequencies(config: LeastSquaresConfig, dim_x: int) -> Tensor:
-    """
-    Return the angular frequencies of the eigenfunctions, (num_eigenfunctions, dim_x).
-    """
-    indices = list(product(range(1, config.functions_per_axis + 1), repeat=dim_x))
-    return torch.tensor(indices, dtype=torch.float64) * (pi / (2 * config.box_half_width))
-
-
-def num_functions(config: LeastSquaresConfig, dim_x: int) -> int:
-    """
-    Return the number of basis functions: eigenfunctions, one constant, dim_x coordinates.
-    """
-    return config.functions_per_axis**dim_x + 1 + dim_x
-
-
-def basis(config: LeastSquaresConfig, x: Tensor) -> Tensor:
-    """
-    Evaluate the basis functions.
-
-    :param x: (batch, n, dim_x) in model units.
-    :return: (batch, n, num_functions) float64: eigenfunctions, 1, x / 2.
-    """
-    x = x.double()
-    j = torch.arange(1, config.functions_per_axis + 1, dtype=x.dtype, device=x.device)
-    phase = (x + config.box_half_width).unsqueeze(-1) * (j * (pi / (2 * config.box_half_width)))
-    factors = torch.sin(phase) / config.box_half_width**0.5  # (batch, n, dim_x, m)
-    functions = factors[..., 0, :]
-    for axis in range(1, x.shape[-1]):
-        functions = (functions.unsqueeze(-1) * factors[..., axis, None, :]).flatten(-2)
-    return torch.cat([functions, torch.ones_like(x[..., :1]), x / HALF_WIDTH], -1)
+    """(batch, dim_y, num_summaries): posterior of the hyperparameters, see `posterior`."""
+    covariance: Tensor | None
+    """(batch, dim_y, num_functions, num_functions); None where only marginals are asked for."""
 
 
 def spectral_density(omega: Tensor, smoothness: float, length: float) -> Tensor:
@@ -108,7 +78,7 @@ def prior_variances(config: LeastSquaresConfig, dim_x: int) -> Tensor:
 
     :return: (num_kernels, num_functions), one row for each smoothness and length.
     """
-    omega = frequencies(config, dim_x)
+    omega = basis.frequencies(config, dim_x)
     linear = torch.tensor(
         [config.offset_variance] + [config.slope_variance] * dim_x, dtype=torch.float64
     )
@@ -129,17 +99,16 @@ def sums(
     :param y: (batch, n, dim_y).
     :param mask: (batch, n) bool: which points are there; None: all.
     """
-    phi, y = basis(config, x), y.double()
+    y = y.double()
     present = torch.ones_like(y[..., 0]) if mask is None else mask.to(y.dtype)
-    if mask is not None:
-        phi, y = phi * present.unsqueeze(-1), y * present.unsqueeze(-1)
+    gram, moment = basis.sums(config, x, y, present)
     batch, _, dim_x = x.shape
     voxels = torch.zeros(batch, config.voxels_per_axis**dim_x, dtype=y.dtype, device=x.device)
     voxels = voxels.scatter_add(1, _voxel(config, x), present)
     return LeastSquaresSums(
-        gram=pack(inner_products(phi)),
-        moment=phi.mT @ y,
-        sum_squares=y.square().sum(1),
+        gram=gram,
+        moment=moment,
+        sum_squares=(y.square() * present.unsqueeze(-1)).sum(1),
         count=present.sum(1),
         voxel_count=voxels,
         voxel_freshness=(voxels > 0).to(y.dtype),
@@ -162,10 +131,10 @@ def empty(config: LeastSquaresConfig, dim_x: int, dim_y: int, batch: int, device
     """
     Return the sums of no points.
     """
-    size, kwargs = num_functions(config, dim_x), {'dtype': torch.float64, 'device': device}
+    kwargs = {'dtype': torch.float64, 'device': device}
     return LeastSquaresSums(
-        gram=torch.zeros(batch, size * (size + 1) // 2, **kwargs),
-        moment=torch.zeros(batch, size, dim_y, **kwargs),
+        gram=torch.zeros(batch, basis.num_products(config, dim_x), **kwargs),
+        moment=torch.zeros(batch, basis.num_functions(config, dim_x), dim_y, **kwargs),
         sum_squares=torch.zeros(batch, dim_y, **kwargs),
         count=torch.zeros(batch, **kwargs),
         voxel_count=torch.zeros(batch, config.voxels_per_axis**dim_x, **kwargs),
@@ -183,6 +152,7 @@ def merge(a: LeastSquaresSums, b: LeastSquaresSums) -> LeastSquaresSums:
 
 
 ROUNDING = 1e-9  # relative, of sums of many millions of points
+NEARLY_ZERO = 1e-12  # a function's mean square where all points lie on its zeros, after rounding
 
 
 def is_possible(
@@ -191,13 +161,13 @@ def is_possible(
     """
     Return whether observations can have given these sums, (batch,) bool; if so, `solve` works.
 
-    No function exceeds 1 in a tile, and the inner products of all functions and values among each
-    other are a positive semidefinite matrix.
+    No product of functions exceeds 1 in a tile, and the inner products of all functions and values
+    among each other are a positive semidefinite matrix.
 
     :param num_observations: (batch,), points ever folded.
     :param largest: absolute value in model units that no observation exceeds.
     """
-    more, count, gram = 1 + ROUNDING, a.count, unpack(a.gram)
+    more, count, gram = 1 + ROUNDING, a.count, _gram(config, a)
     seen, in_voxels = num_observations.to(count), a.voxel_count.sum(1)
     constant = gram[:, _constant(config, gram.shape[-1]), _constant(config, gram.shape[-1])]
     is_present = (a.voxel_freshness > 0) == (a.voxel_count > 0)
@@ -207,13 +177,15 @@ def is_possible(
         (in_voxels - count).abs() <= ROUNDING * count,
         (is_present & (a.voxel_count >= 0) & (a.voxel_freshness <= 1)).all(1),
         (a.voxel_count <= more * seen.unsqueeze(1) * a.voxel_freshness).all(1),
-        (gram.diagonal(dim1=-2, dim2=-1) <= more * count.unsqueeze(1)).all(1),
+        (a.gram.abs() <= more * count.unsqueeze(1)).all(1),
         (a.sum_squares <= more * largest**2 * count.unsqueeze(1)).all(1),
     ]
     for moment, square in zip(a.moment.unbind(-1), a.sum_squares.unbind(-1), strict=True):
         below = torch.cat([moment, square.unsqueeze(-1)], -1).unsqueeze(1)
         inner = torch.cat([torch.cat([gram, moment.unsqueeze(-1)], -1), below], 1)
-        size = inner.diagonal(dim1=-2, dim2=-1).clamp(min=torch.finfo(inner.dtype).tiny).sqrt()
+        least = (NEARLY_ZERO * count.unsqueeze(1)).clamp(min=torch.finfo(inner.dtype).tiny)
+        inner.diagonal(dim1=-2, dim2=-1).add_(least)
+        size = inner.diagonal(dim1=-2, dim2=-1).clamp(min=least).sqrt()
         cosine = inner / size.unsqueeze(-1) / size.unsqueeze(-2)
         cosine.diagonal(dim1=-2, dim2=-1).add_(ROUNDING)
         holds.append(torch.linalg.cholesky_ex(cosine).info == 0)
@@ -225,29 +197,6 @@ def forget(a: LeastSquaresSums, factor: float) -> LeastSquaresSums:
     Weight every point folded so far by `factor` in (0, 1].
     """
     return LeastSquaresSums(*(part * factor for part in a))
-
-
-def pack(square: Tensor) -> Tensor:
-    """
-    Return the lower triangle of symmetric matrices (..., n, n) as (..., n * (n + 1) / 2).
-    """
-    return square.flatten(-2)[..., _triangle(square.shape[-1])[0].to(square.device)]
-
-
-def unpack(triangle: Tensor) -> Tensor:
-    """
-    Return the symmetric matrices whose lower triangle is given; inverse of `pack`.
-    """
-    size = int(((8 * triangle.shape[-1] + 1) ** 0.5 - 1) / 2)
-    return triangle[..., _triangle(size)[1].to(triangle.device)].unflatten(-1, (size, size))
-
-
-@cache
-def _triangle(size):
-    row, column = torch.tril_indices(size, size)
-    position = torch.empty(size, size, dtype=torch.long)
-    position[row, column] = position[column, row] = torch.arange(len(row))
-    return row * size + column, position.flatten()
 
 
 NUM_SUMMARIES = 8
@@ -419,7 +368,8 @@ def posterior(
         ],
         -1,
     )
-    return Regression(mean, covariance, noise, summary)
+    quadratic = basis.quadratic(config, covariance.flatten(0, 1)).unflatten(0, scale.shape)
+    return Regression(mean, quadratic, noise, summary, covariance)
 
 
 def averaged(config: LeastSquaresConfig, weight: Tensor) -> Tensor:
@@ -450,7 +400,7 @@ def _honest_sums(config, a):
     of the field costs nothing, however far it is beyond the relief.
     """
     honesty = _honesty(config, a)  # (batch,)
-    gram, constant = unpack(a.gram), _constant(config, a.moment.shape[1])
+    gram, constant = _gram(config, a), _constant(config, a.moment.shape[1])
     center = a.moment[:, constant] / a.count.clamp(min=1e-300).unsqueeze(-1)
     if not config.offset_variance:  # the mean is known to be 0
         center = torch.zeros_like(center)
@@ -465,12 +415,18 @@ def _honest_sums(config, a):
     )
 
 
+def _gram(config, a):
+    """
+    Return sum phi phi^T, (batch, num_functions, num_functions).
+    """
+    return basis.gram(config, basis.dim_of(config, a.moment.shape[1]), a.gram)
+
+
 def _constant(config, num_functions):
     """
     Return where the constant stands among the functions: after the eigenfunctions.
     """
-    dim_x = next(d for d in (1, 2, 3) if config.functions_per_axis**d + 1 + d == num_functions)
-    return num_functions - 1 - dim_x
+    return num_functions - 1 - basis.dim_of(config, num_functions)
 
 
 def _honesty(config, a):
@@ -506,10 +462,7 @@ def predict(config: LeastSquaresConfig, regression: Regression, x: Tensor):
     :param x: (batch, n, dim_x) in model units.
     :return: mean and variance, both (batch, n, dim_y) float64.
     """
-    phi = basis(config, x)
-    mean = phi @ regression.mean
-    phi = phi.unsqueeze(1)
-    variance = ((phi @ regression.covariance) * phi).sum(-1).mT  # (batch, n, dim_y)
+    mean, variance = basis.evaluate(config, x, regression.mean, regression.quadratic)
     return mean, variance.clamp(min=1e-12)
 
 
@@ -517,7 +470,7 @@ def joint_covariance(config: LeastSquaresConfig, regression: Regression, x: Tens
     """
     Return the covariance of the field between all points, (batch, dim_y, n, n).
     """
-    phi = basis(config, x).unsqueeze(1)
+    phi = basis.functions(config, x).unsqueeze(1)
     return phi @ regression.covariance @ phi.mT
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from cmanp_ros.core import inducing, least_squares
+from cmanp_ros.core import basis, inducing, least_squares
 from cmanp_ros.core.attention import AttentionSums
 from cmanp_ros.core.autoregressive import CovarianceHead
 from cmanp_ros.core.blocks import DecoderLayer, mlp
@@ -210,7 +210,7 @@ class CMANP(nn.Module):
         for chunk in x_target.split(TARGETS_AT_ONCE, 1):
             prior = self.regress(encoding, chunk)
             mean, _, ratio, _ = self.decode(encoding.projected, chunk, prior)
-            phi = least_squares.basis(self.config.least_squares, chunk).unsqueeze(1)
+            phi = basis.functions(self.config.least_squares, chunk).unsqueeze(1)
             deviation = phi @ weights - prior.mean.unsqueeze(1)  # (batch, samples, n, dim_y)
             parts.append((mean.unsqueeze(1) + deviation * ratio.unsqueeze(1)).transpose(0, 1))
         return torch.cat(parts, 2)

@@ -201,6 +201,11 @@ class Tiles:
         """Return every tile, in memory or in the store, in order."""
         return sorted({*self._row_of, *(self.store.keys() if self.store is not None else ())})
 
+    @property
+    def num_changes(self) -> int:
+        """Return a number that changes whenever the content of any row does."""
+        return self._changes
+
     def version(self, rows: Tensor) -> Tensor:
         """Return numbers (n,) that change whenever the content of a row does."""
         return self._version[rows]

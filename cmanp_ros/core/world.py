@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmanp_ros.core import blending, least_squares
+from cmanp_ros.core import basis, blending, least_squares
 from cmanp_ros.core.blending import Mixture
 from cmanp_ros.core.errors import InputError, StateMismatchError
 from cmanp_ros.core.lattice import Cover, Lattice, OneTile
@@ -40,7 +40,7 @@ class NotFiniteError(InputError):
 
 
 class Pairs(NamedTuple):
-    """Targets beside the tiles that cover them, and what the tiles' regressions say."""
+    """Targets beside the tiles that answer, and what the tiles' regressions say."""
 
     cover: Cover
     row: Tensor
@@ -84,13 +84,14 @@ class World:
 
     def _clear_caches(self):
         self._evidence = _Cache()
-        self._regression = _Cache()
+        self._regression, self._covariance = _Cache(), _Cache()
         self._latents = _Cache()
+        self._solved, self._solved_at = set(), -1  # tiles, and `num_changes` then
 
     @property
     def nbytes(self) -> int:
         """Memory of the tiles [bytes], and of what predictions keep beside them."""
-        caches = (self._evidence, self._regression, self._latents)
+        caches = (self._evidence, self._regression, self._covariance, self._latents)
         return self.tiles.nbytes + sum(cache.nbytes for cache in caches)
 
     @property
@@ -256,7 +257,7 @@ class World:
                 own_seed = int.from_bytes(sha256(name).digest()[:7], 'little')  # hash(-1) is -2's
                 generator = torch.Generator().manual_seed(own_seed)
                 weights = least_squares.sample_weights(regression, num_samples, generator)[0]
-                phi = least_squares.basis(self._options, pairs.cover.x[own].unsqueeze(0))[0]
+                phi = basis.functions(self._options, pairs.cover.x[own].unsqueeze(0))[0]
                 drawn = phi @ (weights - regression.mean)  # (samples, own, dim_y)
                 deviation.index_add_(1, pairs.cover.index[own], drawn * share)
             samples[:, chunk] = mixture.mean + field * deviation
@@ -270,9 +271,9 @@ class World:
 
     def pairs(self, x: Tensor) -> Pairs:
         """
-        Return the tiles that cover each target (n, dim_x) and have data, ready to be decoded.
+        Return the tiles that answer at each target (n, dim_x) and have data, ready to be decoded.
         """
-        cover = self.geometry.cover(x)
+        cover = self.geometry.answering(x)
         keys, tile = _unique(cover.key)
         row = self.tiles.rows(keys)[tile]
         there = row >= 0
@@ -285,7 +286,7 @@ class World:
         mean, variance, noise = cover.x.new_empty(3, *shape)
         summary = cover.x.new_empty(*shape, least_squares.NUM_SUMMARIES)
         for tiles, members, mask in groups(row, AT_ONCE):
-            regression = Regression(*self._regression.get(tiles))
+            regression = Regression(*self._regression.get(tiles), covariance=None)
             values = (
                 *least_squares.predict(self._options, regression, cover.x[members]),
                 regression.noise_variance.unsqueeze(1).expand(-1, members.shape[1], -1),
@@ -333,7 +334,8 @@ class World:
         """
         for row in pairs.row.unique().tolist():
             own = (pairs.row == row).nonzero()[:, 0]
-            regression = Regression(*self._regression.get(torch.tensor([row])))
+            one = torch.tensor([row])
+            regression = Regression(*self._regression.get(one), *self._covariance.get(one))
             yield own, regression, (mixture.weight[own] / pairs.prior.variance[own]).sqrt()
 
     def _chunks(self, x):
@@ -347,7 +349,7 @@ class World:
 
     def _fitting(self, x, chunk):
         if len(self.tiles) > self.tiles.num_in_memory and len(chunk) > 1:
-            keys = _unique(self.geometry.cover(x[chunk]).key)[0]
+            keys = _unique(self.geometry.answering(x[chunk]).key)[0]
             keys = [key for key in keys if key in self.tiles]
             needed = sum(len(members) for _, members in self._needed(keys))
             if needed > self.tiles.max_tiles:
@@ -370,6 +372,11 @@ class World:
         """
         Solve the regressions of tiles, with what they take from the tiles around and above.
         """
+        if self._solved_at != self.tiles.num_changes:
+            self._solved.clear()
+        keys = [key for key in keys if key not in self._solved]
+        if not keys:
+            return
         levels = self._needed(keys)
         self.tiles.rows([key for _, members in levels for key in members])  # all into memory
         wanted, amplitude = set(keys), {}
@@ -385,6 +392,8 @@ class World:
             amplitude |= zip(solved, means, strict=True)
             chosen = torch.tensor([key in wanted for key in solved], dtype=torch.bool)
             self._solve(rows[chosen], scale[chosen], shared[chosen])
+        self._solved.update(keys)
+        self._solved_at = self.tiles.num_changes
 
     def _needed(self, keys):
         """
@@ -429,7 +438,8 @@ class World:
             made = least_squares.posterior(
                 self._options, self._variances, sums, found, scale[part], log_weight[part]
             )
-            self._regression.put(rows[part], made, version[part])
+            self._regression.put(rows[part], made[:-1], version[part])
+            self._covariance.put(rows[part], made[-1:], version[part])
 
     def _log_evidence(self, keys, scale):
         rows = self.tiles.rows(keys)
@@ -487,7 +497,7 @@ class _Cache:
 
     def is_stale(self, rows, version):
         """Return which rows were not made from this version, (n,) bool."""
-        version = version.view(len(rows), -1)
+        version = version.view(len(rows), math.prod(version.shape[1:]))
         if self._version is None:
             return torch.ones(len(rows), dtype=torch.bool)
         known = rows < len(self._version)

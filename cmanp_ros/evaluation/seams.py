@@ -1,19 +1,23 @@
-"""Seams: what happens to predictions on lines that cross the borders of tiles."""
+"""Seams: what happens to predictions on lines where one tile stops to answer or another begins."""
 
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from cmanp_ros.core import Lattice, Normalization
+from cmanp_ros.core.tiles import keys_of
 from cmanp_ros.evaluation.windows import windows
 from cmanp_ros.field import NeuralField
 
-STEP = 1e-6  # [tile_size] to both sides of a border
+STEP = 1e-6  # [tile_size] to both sides
 LINES = 12  # that are walked, along each axis
+HALVINGS = 50  # of a spacing: to rounding
 
 
 class Seams(NamedTuple):
-    """Jumps at borders, the largest and the mean."""
+    """Jumps where tiles change, the largest and the mean."""
 
     mean_over_stddev: tuple[float, float]
     """Jump of the mean over the local standard deviation."""
@@ -24,22 +28,40 @@ class Seams(NamedTuple):
     num_crossings: int
 
 
+def where_tiles_change(lattice: Lattice, x: Tensor, level: int) -> Tensor:
+    """Move places (n, dim_x) along the first axis to where another tile of a level answers."""
+
+    def answering(x):
+        cover = lattice.answering(x)
+        own, found = cover.key[:, 0] == level, [set() for _ in x]
+        for i, key in zip(cover.index[own].tolist(), keys_of(cover.key[own]), strict=True):
+            found[i].add(key)
+        return found
+
+    before, low, high = answering(x), x.clone(), x.clone()
+    high[:, 0] += lattice.spacing(level)  # there all tiles are others
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        same = [now == then for now, then in zip(answering(middle), before, strict=True)]
+        same = torch.tensor(same).unsqueeze(1)
+        low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+    return high
+
+
 def seams(field: NeuralField, lower: float, upper: float, seed: int = 0) -> Seams:
     """
-    Predict on both sides of every border of every level, along lines in both directions.
+    Predict on both sides of where tiles of any level change, along lines in both directions.
 
     :param lower: least coordinate of the square that is walked [m]; `upper` the largest.
     """
-    lattice, rng = field.geometry, np.random.default_rng(seed)
-    borders = np.concatenate(
-        [
-            np.arange(np.ceil(lower / h), np.floor(upper / h) + 1) * h
-            for h in (lattice.spacing(level) for level in range(lattice.num_levels))
-        ]
-    )
-    along = rng.uniform(lower, upper, (LINES, 1))
-    across = np.broadcast_to(np.unique(borders), (LINES, len(np.unique(borders))))
-    at = np.stack([across, np.broadcast_to(along, across.shape)], -1).reshape(-1, 2)
+    lattice, rng, parts = field.geometry, np.random.default_rng(seed), []
+    for level in range(lattice.num_levels):
+        h = lattice.spacing(level)
+        starts = np.arange(lower, upper, h / 4)  # a tile changes several times on the way
+        across = np.repeat(rng.uniform(lower, upper, LINES), len(starts))
+        x = torch.tensor(np.stack([np.tile(starts, LINES), across], 1))
+        parts.append(where_tiles_change(lattice, x, level).numpy())
+    at = np.unique(np.concatenate(parts), axis=0)
     at = np.concatenate([at, at[:, ::-1]])  # in both directions
     step = np.zeros_like(at)
     step[: len(at) // 2, 0] = step[len(at) // 2 :, 1] = STEP * lattice.tile_size

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cmanp_ros.core.errors import ConfigError
-from cmanp_ros.core.lattice import FARTHEST, Lattice, OneTile, check_bounds, geometry
+from cmanp_ros.core.lattice import FARTHEST, LEAST_WINDOW, Lattice, OneTile, check_bounds, geometry
 
 N, NUM_LEVELS, FACTOR = 19, 3, 3
 SIZE = {1: 0.7, 2: 1.3, 3: 2.1}  # [m]: no binary fraction
@@ -63,6 +63,11 @@ def numpy_cover(dim, x):
     return found
 
 
+def covers(dim, x):
+    """Return all tiles that cover locations, and those that answer."""
+    return lattice(dim).cover(x), lattice(dim).answering(x)
+
+
 # Cover -------------------------------------------------------------------------------------------
 
 
@@ -94,6 +99,30 @@ def test_cover_is_what_the_definition_of_a_tile_says(dim, around):
     for i, key, u, window in zip(*(part.tolist() for part in cover), strict=True):
         np.testing.assert_allclose(window, expected[i, tuple(key)][0], **rounding)
         np.testing.assert_allclose(u, expected[i, tuple(key)][1], **rounding)
+
+
+@DIMS
+def test_tiles_answer_unless_a_location_lies_near_their_border(dim):
+    x, mean_window = everywhere(dim), 1 / 2**dim
+    all_of_them, found = (windows_of(part) for part in covers(dim, x))
+    assert found.keys() == {
+        pair for pair, window in all_of_them.items() if window > LEAST_WINDOW * mean_window
+    }
+    assert 0.3 < len(found) / len(all_of_them) < 0.9
+
+
+@DIMS
+def test_windows_of_the_tiles_that_answer_sum_to_one_and_go_to_zero(dim):
+    x = everywhere(dim)
+    everything, cover = covers(dim, x)
+    for level in range(NUM_LEVELS):
+        own = torch.where(cover.key[:, 0] == level, cover.window, 0.0)
+        total = own.new_zeros(len(x)).index_add(0, cover.index, own)
+        torch.testing.assert_close(total, torch.ones_like(total), **EXACT)
+    before = windows_of(everything)
+    for pair, window in windows_of(cover).items():
+        lowered = before[pair] - LEAST_WINDOW / 2**dim
+        assert lowered - 1e-12 <= window <= lowered / (1 - LEAST_WINDOW) + 1e-12
 
 
 @DIMS

@@ -11,7 +11,7 @@ import torch
 from scipy.special import gamma, kv, softmax
 from scipy.stats import multivariate_normal, multivariate_t
 
-from cmanp_ros.core import least_squares
+from cmanp_ros.core import basis, least_squares
 from cmanp_ros.core.config import LeastSquaresConfig
 
 M = {1: 11, 2: 5, 3: 3}  # functions per axis, by dim_x
@@ -151,7 +151,7 @@ def quadrature(half, dim_x):
 def test_eigenfunctions_are_orthonormal_on_the_box(dim_x):
     config = config_of(dim_x)
     x, weight = quadrature(config.box_half_width, dim_x)
-    phi = least_squares.basis(config, x)[0, :, : M[dim_x] ** dim_x]
+    phi = basis.functions(config, x)[0, :, : M[dim_x] ** dim_x]
     product_ = phi.mT @ (weight.unsqueeze(-1) * phi)
     torch.testing.assert_close(product_, torch.eye(len(product_)).double(), **EXACT)
 
@@ -159,9 +159,9 @@ def test_eigenfunctions_are_orthonormal_on_the_box(dim_x):
 @pytest.mark.parametrize('dim_x', [1, 2, 3])
 def test_basis_equals_numpy_function_by_function(dim_x):
     config, (x, _, _) = config_of(dim_x), data(dim_x)
-    found = least_squares.basis(config, x)
+    found = basis.functions(config, x)
     expected = np.stack([numpy_basis(config, points) for points in x.numpy()])
-    assert found.shape[-1] == least_squares.num_functions(config, dim_x)
+    assert found.shape[-1] == basis.num_functions(config, dim_x)
     np.testing.assert_allclose(found, expected, atol=1e-13)
 
 
@@ -169,8 +169,8 @@ def test_basis_equals_numpy_function_by_function(dim_x):
 def test_eigenfunctions_have_the_frequencies_in_their_order(dim_x):
     config = config_of(dim_x)
     x = (torch.rand(1, 1, dim_x, dtype=torch.float64) * 4 - 2).requires_grad_()
-    phi = least_squares.basis(config, x)[0, 0, : M[dim_x] ** dim_x]
-    for value, omega in zip(phi, least_squares.frequencies(config, dim_x), strict=True):
+    phi = basis.functions(config, x)[0, 0, : M[dim_x] ** dim_x]
+    for value, omega in zip(phi, basis.frequencies(config, dim_x), strict=True):
         (slope,) = torch.autograd.grad(value, x, create_graph=True)
         for axis in range(dim_x):
             (curvature,) = torch.autograd.grad(slope[0, 0, axis], x, retain_graph=True)
@@ -183,7 +183,7 @@ def test_eigenfunctions_vanish_on_the_boundary(dim_x):
     config, (x, _, _) = config_of(dim_x), data(dim_x)
     for axis, side in product(range(dim_x), (-1, 1)):
         x[..., axis] = side * config.box_half_width
-        phi = least_squares.basis(config, x)[..., : M[dim_x] ** dim_x]
+        phi = basis.functions(config, x)[..., : M[dim_x] ** dim_x]
         assert phi.abs().max() < 1e-13
         x[..., axis] = 0.3
 
@@ -215,7 +215,7 @@ def test_reduced_rank_kernel_approaches_the_closed_form(dim_x, per_axis, nu, len
         per_axis, box_half_width=4.0, smoothnesses=(nu,), lengths=(length,), voxels_per_axis=1
     )
     x = torch.rand(1, 19, dim_x, dtype=torch.float64) - 0.5  # far from the boundary
-    phi = least_squares.basis(config, x)[0, :, : per_axis**dim_x]
+    phi = basis.functions(config, x)[0, :, : per_axis**dim_x]
     prior = least_squares.prior_variances(config, dim_x)[0, : per_axis**dim_x]
     distance = torch.cdist(x[0], x[0]).numpy()
     expected = closed_form(distance, nu, length)
@@ -850,7 +850,7 @@ def test_sums_are_the_sums_over_points():
     folded = least_squares.sums(config, x, y)
     for row in range(BATCH):
         phi, values = numpy_basis(config, x[row].numpy()), y[row].numpy()
-        gram = least_squares.unpack(folded.gram)[row]
+        gram = basis.gram(config, 2, folded.gram)[row]
         np.testing.assert_allclose(gram, phi.T @ phi, atol=1e-12)
         np.testing.assert_allclose(folded.moment[row], phi.T @ values, atol=1e-12)
         np.testing.assert_allclose(folded.sum_squares[row], (values**2).sum(0), atol=1e-12)
@@ -904,17 +904,6 @@ def test_a_hundred_thousand_merged_points_equal_one_batch():
     assert torch.equal(state.voxel_freshness, parts[-1].amax(0))
 
 
-@pytest.mark.parametrize('size', [1, 2, 5, 11])
-def test_unpack_inverts_pack(size):
-    root = torch.randn(2, 3, size, size, dtype=torch.float64)
-    square = root + root.mT
-    triangle = least_squares.pack(square)
-    assert triangle.shape == (2, 3, size * (size + 1) // 2)
-    assert torch.equal(least_squares.unpack(triangle), square)
-    row, column = np.tril_indices(size)
-    assert np.array_equal(triangle[1, 2], square[1, 2].numpy()[row, column])
-
-
 # Sampled fields ----------------------------------------------------------------------------------
 
 
@@ -923,7 +912,7 @@ def test_sampled_weights_have_the_mean_and_covariance_of_the_posterior():
     regression = solve(config, x, y)
     count = 40_009
     weights = least_squares.sample_weights(regression, count, torch.Generator().manual_seed(5))
-    size = least_squares.num_functions(config, 1)
+    size = basis.num_functions(config, 1)
     assert weights.shape == (BATCH, count, size, DIM_Y)
     for row, output in product(range(BATCH), range(DIM_Y)):
         drawn = weights[row, :, :, output]

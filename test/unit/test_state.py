@@ -59,8 +59,9 @@ def test_nbytes_is_the_size_of_the_tensors(model, batch):
     sums = config.num_blocks * config.num_heads * config.num_latents_per_block
     expected = 8 * sums * (1 + config.dim_model // config.num_heads) + 8
     if config.least_squares is not None:
-        functions = config.least_squares.functions_per_axis**2 + 3
-        expected += 8 * (functions * (functions + 1) // 2 + functions * 3 + 3 + 1 + 2 * 17**2)
+        m = config.least_squares.functions_per_axis
+        products, functions = (2 * m + 1) ** 2 + 3 * m**2 + 6, m**2 + 3
+        expected += 8 * (products + functions * 3 + 3 + 1 + 2 * 17**2)
     assert state.nbytes == batch * expected
     assert state.batch == batch
 

@@ -20,6 +20,7 @@ from cmanp_ros.core import (
 )
 from cmanp_ros.core import state as states
 from cmanp_ros.core.errors import ConfigError, StateMismatchError
+from cmanp_ros.evaluation.seams import where_tiles_change
 from cmanp_ros.store import TileStore
 
 FUNCTIONS, VOXELS = {1: 11, 2: 5, 3: 3}, {1: 17, 2: 7, 3: 5}  # per axis, by dim_x
@@ -677,7 +678,8 @@ def test_inside_the_known_world_there_are_no_seams(dim, corrects):
     made = world_of(*points(dim, n=101), model_of(dim, corrects=corrects))
     for level in range(NUM_LEVELS):
         at = borders(dim, level, SPREAD[dim] / 2)
-        assert largest_step(made.predict, at) < SEAMLESS
+        ends = where_tiles_change(made.geometry, at + 0.1 * SIZE[dim], level)
+        assert largest_step(made.predict, torch.cat([at, ends])) < SEAMLESS
         moved = at + 0.01 * SIZE[dim]  # the measure itself
         assert largest_step(made.predict, moved, 1e-2) > SEAMLESS
 
@@ -690,7 +692,8 @@ def test_the_known_world_ends_without_a_seam(dim, corrects):
     for level in range(NUM_LEVELS):
         at = borders(dim, level, 20 * SIZE[dim])
         at[:, 1:] = 3.7 * SIZE[dim]
-        assert largest_step(made.predict, at) < SEAMLESS
+        ends = where_tiles_change(made.geometry, at + 0.1 * SIZE[dim], level)
+        assert largest_step(made.predict, torch.cat([at, ends])) < SEAMLESS
 
 
 @DIMS
@@ -869,7 +872,9 @@ def test_one_target_costs_the_same_in_a_large_world(solved, dim):
     assert len(large.tiles) > 3 * len(small.tiles)
     small.predict(x_target)
     cost = solved()
-    assert cost['posterior'] == cost['latents'] == NUM_LEVELS * 2**dim
+    answering = len(small.geometry.answering(x_target).key)
+    assert NUM_LEVELS < answering < NUM_LEVELS * 2**dim
+    assert cost['posterior'] == cost['latents'] == answering
     large.predict(x_target)
     assert solved() == cost
 
@@ -896,10 +901,28 @@ def test_only_tiles_that_a_point_touches_are_solved_again_and_those_that_take_fr
     made.predict(x)
     again = solved()
     touched = NUM_LEVELS * 2
-    assert again['evidence'] == again['latents'] == touched
+    assert again['evidence'] == touched
+    keys_of = [
+        {*map(tuple, key.tolist())}
+        for key in (made.geometry.cover(x[:1]).key, made.geometry.answering(x).key)
+    ]
+    assert again['latents'] == len(set.intersection(*keys_of)) > NUM_LEVELS
     keys = torch.tensor(made.tiles.keys())
     near = (made.geometry.center(keys)[:, 0] - x[0]).abs() < 4 * h
     assert touched < again['posterior'] <= int(near.sum()) < everything['posterior'] / 3
+
+
+def test_tiles_are_found_where_they_begin_and_cease_to_answer():
+    geometry, (x, _) = lattice(2), points(2)
+    found = where_tiles_change(geometry, x, 1)
+    before, after = found - 1e-9, found + 1e-9
+    for i in range(len(x)):
+        sides = [
+            {*map(tuple, geometry.answering(at[i : i + 1]).key.tolist())} for at in (before, after)
+        ]
+        assert {key for key in sides[0] ^ sides[1] if key[0] == 1}
+    assert ((found - x)[:, 0] > 0).all() and ((found - x)[:, 0] < geometry.spacing(1)).all()
+    assert torch.equal(found[:, 1], x[:, 1])
 
 
 def test_forgetting_solves_what_is_looked_at_and_no_more(solved):
