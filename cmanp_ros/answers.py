@@ -5,9 +5,11 @@ What the node answers: predictions on the topic and the service.
 """
 
 import time
+from collections import deque
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 
+import numpy as np
 from rclpy.qos import QoSProfile
 
 from cmanp_ros import conversions
@@ -33,6 +35,7 @@ class Answers:
         """
         self._node = node
         self._num_waiting = 0
+        self._queries: deque[tuple[int, np.ndarray, Future]] = deque()  # ready to be answered
         self._latency = Latency()
         self._prediction = node.open_publisher(Prediction, '~/prediction', QoSProfile(depth=10))
 
@@ -56,20 +59,40 @@ class Answers:
             return node.warn('overloaded', text)
         self._num_waiting += 1
 
-        def answer(x):
-            field = node.fleet.combined
-            mean, stddev = field.predict(x)
-            self._prediction.publish(self._message(field, x, mean, stddev, message.id))
-
         def settled(future):
             self._num_waiting -= 1
             if not future.cancelled() and (error := future.exception()) is not None:
                 node.warn('query', f'query {message.id} not answered: {error}')
 
-        self._ask(message, answer).add_done_callback(settled)
+        def ready(x, result):
+            self._queries.append((message.id, x, result))
+            node.in_background(self._answer_queries)
+
+        self._ask(message, ready).add_done_callback(settled)
+
+    def _answer_queries(self):
+        """Answer all queries that wait, together: fewer calls. On the worker's thread."""
+        waiting = [self._queries.popleft() for _ in range(len(self._queries))]
+        if not waiting:
+            return
+        try:
+            field, targets = self._node.fleet.combined, [x for _, x, _ in waiting]
+            ends = np.cumsum([len(x) for x in targets])[:-1]
+            found = (np.split(part, ends) for part in field.predict(np.concatenate(targets)))
+            for (query_id, x, result), mean, stddev in zip(waiting, *found, strict=True):
+                self._prediction.publish(self._message(field, x, mean, stddev, query_id))
+                result.set_result(None)
+        except Exception as error:  # it belongs to whoever asked
+            for _, _, result in waiting:
+                if not result.done():
+                    result.set_exception(error)
 
     def _on_predict(self, request, response):
-        future = self._ask(request, lambda x: self._predict(request, x))
+        def ready(x, result):
+            work = self._node.worker.ask(lambda: self._predict(request, x))
+            work.add_done_callback(lambda done: _pass_on(done, result))
+
+        future = self._ask(request, ready)
         try:
             response.prediction, covariance, samples = future.result(TIMEOUT_SEC)
         except CMANPError as error:
@@ -92,24 +115,21 @@ class Answers:
         response.success, response.message = False, message
         return response
 
-    def _ask(self, message, answer) -> Future:
+    def _ask(self, message, ask) -> Future:
         """
         Find the targets of a query or request in the map frame, and let the worker answer.
 
-        :param answer: called on the worker's thread with the targets, (n, dim_x).
-        :return: of what `answer` returns, or of why there is none.
+        :param ask: called with the targets (n, dim_x) and the future; has the worker settle it.
+        :return: of the answer, or of why there is none.
         """
         node, result, asked_at = self._node, Future(), time.monotonic()
         result.add_done_callback(lambda _: self._latency.add(time.monotonic() - asked_at))
         p, dim_x = node.parameters, node.field.model.config.dim_x
 
         def ready(rotation, translation):
-            def work():
-                moved = transform_points(x, rotation, translation)[:, :dim_x] if moves else x
-                return answer(moved)
-
             if result.set_running_or_notify_cancel():
-                node.worker.ask(work).add_done_callback(lambda done: _pass_on(done, result))
+                moved = transform_points(x, rotation, translation)[:, :dim_x] if moves else x
+                ask(moved, result)
 
         def failed(error):
             if result.set_running_or_notify_cancel():

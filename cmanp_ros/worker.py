@@ -5,11 +5,13 @@ No ROS and no torch here: `fold` and the answers are callables.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
+PATIENCE_SEC = 0.1  # for which questions wait while observations do
 TIMEOUT_SEC = 30.0  # that whoever asks should wait for an answer at most
 
 
@@ -22,19 +24,28 @@ class Worker:
     """
     One thread, three queues.
 
-    Answers go first, so that a burst of observations delays no client; then observations; long
-    work, such as a grid, goes on a step at a time after each of them.
+    Observations that wait are folded together, then all questions are answered, then long work,
+    such as a grid, goes a step on: the first answer after a fold costs as much as a fold, since
+    what changed has to be encoded. A burst of observations delays answers by `patience_sec`, and
+    not by more than it takes to fold a chunk.
     """
 
-    def __init__(self, fold: Callable[[Any], Iterable[None]], queue_size: int):
+    def __init__(
+        self,
+        fold: Callable[[Any], Iterable[None]],
+        queue_size: int,
+        patience_sec: float = PATIENCE_SEC,
+    ):
         """
         Prepare; `start` starts the thread.
 
         :param fold: called with each batch; an iterator, and between two of its steps answers
             are served. It must not raise.
         :param queue_size: batches that may wait.
+        :param patience_sec: [s] between two rounds of answers while batches wait.
         """
-        self._fold, self._queue_size = fold, queue_size
+        self._fold, self._queue_size, self._patience_sec = fold, queue_size, patience_sec
+        self._served_at = -float('inf')
         self._batches, self._questions, self._long = deque(), deque(), deque()
         self._condition = threading.Condition()
         self._stopping = False
@@ -81,7 +92,7 @@ class Worker:
         return waiting
 
     def ask(self, question: Callable[[], Any]) -> Future:
-        """Run a callable on the thread that owns the model, before the next chunk."""
+        """Run a callable on the thread that owns the model, between two chunks."""
         future = Future()
         with self._condition:
             self._questions.append((question, future))
@@ -105,13 +116,23 @@ class Worker:
                 if self._stopping:
                     return
                 batch = self._batches.popleft() if self._batches else None
-            self._answer()  # who asks all the time holds up no observations: one batch each time
-            if batch is not None:
-                for _ in self._fold(batch):
-                    self._answer()
-                    if self._stopping:
-                        return
-            self._go_on()
+            if batch is None or self._is_time_to_serve:
+                self._serve()
+            for _ in () if batch is None else self._fold(batch):
+                if self._stopping:
+                    return
+                if self._is_time_to_serve:
+                    self._serve()
+
+    @property
+    def _is_time_to_serve(self):
+        return time.monotonic() - self._served_at >= self._patience_sec
+
+    def _serve(self):
+        """Answer all that was asked until now, and go on with long work."""
+        self._answer()  # who asks all the time holds up nobody: the questions of now
+        self._go_on()
+        self._served_at = time.monotonic()
 
     def _go_on(self):
         """Take one step of the long work that waited longest."""

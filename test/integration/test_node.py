@@ -96,6 +96,30 @@ def test_cloud_in_prediction_out_on_topic_and_service(start_node, client):
     assert not response.covariance and not response.samples
 
 
+def test_queries_that_wait_are_answered_together_and_each_its_own(start_node, client, monkeypatch):
+    node = start_node()
+    node.field.observe(scattered(301), height(scattered(301)))
+    predictions = client.collect(Prediction, 'cmanp/prediction', 10)
+    queries = client.publisher(Query, 'query')
+    wait_for(lambda: client.node.count_publishers('cmanp/prediction'))
+    wait_for(lambda: queries.get_subscription_count())
+    calls, predict, gate = [], node.field.predict, threading.Event()
+    monkeypatch.setattr(node.field, 'predict', lambda x: calls.append(len(x)) or predict(x))
+    node.worker.ask(lambda: gate.wait(10))
+    targets = {number: scattered(size, seed=size) for number, size in enumerate((3, 0, 1, 17), 1)}
+    for number, x in targets.items():
+        queries.publish(query(x, number))
+        wait_for(lambda number=number: len(node.answers._queries) == number)
+    gate.set()
+    wait_for(lambda: len(predictions) == len(targets))
+    assert calls == [21]
+    for answer, (number, x) in zip(predictions, targets.items(), strict=True):
+        mean, stddev, _ = predictions_from_message(answer)
+        assert answer.id == number and len(mean) == len(x)
+        expected = predict(x.astype(np.float32).astype(np.float64))
+        np.testing.assert_allclose([mean, stddev], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_observations_in_prediction_out(start_node, client):
     node = start_node()
     publisher = client.publisher(Observations, 'observations', qos_profile_sensor_data)
