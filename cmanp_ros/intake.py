@@ -9,6 +9,7 @@ received = folded + rejected (by reason) + dropped (from a full queue) + pending
 
 import time
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 from rclpy.qos_overriding_options import QoSOverridingOptions
@@ -84,6 +85,9 @@ class Batch:
     """[s] of the monotonic clock."""
     transform: tuple[np.ndarray, np.ndarray] | None = None
     """To the map frame; None: it is there already."""
+
+    def __len__(self):
+        return len(self.x)
 
     @property
     def stamp(self) -> int:
@@ -180,7 +184,7 @@ class Intake:
         """
         self._num_resets += 1  # what is left of the message being folded is left out
         for batch in self._node.worker.clear():
-            self._clear(batch, len(batch.x))
+            self._clear([batch], len(batch))
         self._node.transforms.clear()
         self.newest_stamp = 0
         if provenance is not None:
@@ -248,21 +252,32 @@ class Intake:
 
     # On the worker's thread ----------------------------------------------------------------------
 
-    def fold(self, batch: Batch):
-        """Fold one message, a chunk at a time: an iterator, see `Worker`."""
-        source, waiting = batch.source, len(batch.x)
+    def fold(self, batches: list[Batch]):
+        """Fold messages, a chunk at a time: an iterator, see `Worker`."""
+        for _, of_source in groupby(batches, lambda batch: batch.source.name):
+            yield from self._fold(list(of_source))
+
+    def _fold(self, batches):
+        """Fold messages of one source together."""
+        source, parts = batches[0].source, []
+        for batch in batches:
+            if batch.num_resets != self._num_resets:
+                self._clear([batch], len(batch))
+                continue
+            try:
+                parts.append((batch, *self._taken(batch)))
+            except Exception as error:
+                self._fail([batch], len(batch), error)
+        if not parts:
+            return
+        batches, x, y = zip(*parts, strict=True)
+        x, y = np.concatenate(x), np.concatenate(y)
+        stamps = [self._not_in_future(batch.stamp) for batch in batches]
+        waiting = len(x)
         try:
-            x, y = batch.in_map
-            good = self._admitted(source, batch.stamp, x, y)
-            x, y = x[good], y[good]
-            waiting = len(x)
-            if batch.transform is not None:
-                self.track.add(batch.transform[1][: x.shape[1]])
-            elif waiting:
-                self.track.add(x.mean(0))
             for chunk in self._node.field.in_chunks(x, self._node.parameters.chunk_size):
-                if batch.num_resets != self._num_resets:
-                    return self._clear(batch, waiting)
+                if batches[0].num_resets != self._num_resets:
+                    return self._clear(batches, waiting)
                 self._calibrate(x[chunk], y[chunk])
                 self._node.fleet.own.mark(time.monotonic())
                 observed = self._node.fleet.observe(x[chunk], y[chunk])
@@ -270,17 +285,26 @@ class Intake:
                 source.points.fold(observed.folded)
                 self._reject_points(source, observed.rejected)
                 if observed.folded:
-                    stamp = self._not_in_future(batch.stamp)
-                    self.observed(stamp, stamp)
+                    self.observed(min(stamps), max(stamps))
                     self.newest_x = x[-1]
                 yield
-            source.messages.fold()
             self.folded_at = time.monotonic()
-            self._latency.add(self.folded_at - batch.received_at)
-        except InputError as error:
-            self._refuse(batch, getattr(error, 'reason', 'not_usable'), waiting, error)
-        except Exception as error:  # a fault of ours or of torch must not end the node
-            self._refuse(batch, 'internal_error', waiting, repr(error))
+            for batch in batches:
+                source.messages.fold()
+                self._latency.add(self.folded_at - batch.received_at)
+        except Exception as error:
+            self._fail(batches, waiting, error)
+
+    def _taken(self, batch):
+        """Return the points of a message that take part, x and y in the map frame."""
+        x, y = batch.in_map
+        good = self._admitted(batch.source, batch.stamp, x, y)
+        x, y = x[good], y[good]
+        if batch.transform is not None:
+            self.track.add(batch.transform[1][: x.shape[1]])
+        elif len(x):
+            self.track.add(x.mean(0))
+        return x, y
 
     def _admitted(self, source, stamp, x, y):
         """Return which points take part, (n,) bool: those that are finite, after thinning."""
@@ -315,12 +339,22 @@ class Intake:
 
     def _drop(self, batch):
         batch.source.messages.drop()
-        batch.source.points.drop(len(batch.x))
+        batch.source.points.drop(len(batch))
 
-    def _clear(self, batch, num_points):
+    def _fail(self, batches, num_points, error):
+        """Leave out what is left of messages: a fault of ours or of torch must not end the node."""
+        known = isinstance(error, InputError)
+        reason = getattr(error, 'reason', 'not_usable') if known else 'internal_error'
+        for batch in batches:
+            self._refuse(batch, reason, num_points, error if known else repr(error))
+            num_points = 0  # of all of them
+
+    def _clear(self, batches, num_points):
         """Count what was on its way to a map that is another one now: no overload."""
-        batch.source.messages.reject('cleared')
-        batch.source.points.reject('cleared', num_points)
+        source = batches[0].source
+        for _ in batches:
+            source.messages.reject('cleared')
+        source.points.reject('cleared', num_points)
 
     def _reject_points(self, source, rejected):
         for reason, count in rejected.items():

@@ -88,7 +88,7 @@ class CMANPNode(LifecycleNode):
             self.field.warm_up(np.array([p.bounds_min]))
             self.transforms = TransformListener(self, p.tf_timeout, p.map_frame, p.max_pending)
             self.intake = Intake(self)
-            self.worker = Worker(self.intake.fold, p.queue_size)
+            self.worker = Worker(self.intake.fold, p.queue_size, p.chunk_size, p.batch_window)
             self.answers, self.displays = Answers(self), Displays(self)
             self.control = Control(self)
             self.control.restore()

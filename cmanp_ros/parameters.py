@@ -223,10 +223,18 @@ class NodeParameters:
     )
     queue_size: int = _parameter(
         10,
-        'Messages that wait to be folded; beyond it the oldest is dropped and counted.',
+        'Messages that wait to be folded, or as many as have chunk_size points; beyond it the '
+        'oldest is dropped and counted.',
         'messages',
         1,
         10000,
+    )
+    batch_window: float = _parameter(
+        0.05,
+        'How long fewer than 100 points wait for more, to be folded together.',
+        's',
+        0.0,
+        10.0,
     )
     max_pending: int = _parameter(
         50,

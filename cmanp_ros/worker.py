@@ -7,11 +7,12 @@ No ROS and no torch here: `fold` and the answers are callables.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future
 from typing import Any
 
 PATIENCE_SEC = 0.1  # for which questions wait while observations do
+ENOUGH = 100  # observations: more of them at once cost as much each
 TIMEOUT_SEC = 30.0  # that whoever asks should wait for an answer at most
 
 
@@ -27,27 +28,32 @@ class Worker:
     Observations that wait are folded together, then all questions are answered, then long work,
     such as a grid, goes a step on: the first answer after a fold costs as much as a fold, since
     what changed has to be encoded. A burst of observations delays answers by `patience_sec`, and
-    not by more than it takes to fold a chunk.
+    not by more than it takes to fold a chunk. A few observations wait for more of them.
     """
 
     def __init__(
         self,
-        fold: Callable[[Any], Iterable[None]],
+        fold: Callable[[list], Iterable[None]],
         queue_size: int,
+        chunk_size: int = 1,
+        window_sec: float = 0.0,
         patience_sec: float = PATIENCE_SEC,
     ):
         """
         Prepare; `start` starts the thread.
 
-        :param fold: called with each batch; an iterator, and between two of its steps answers
-            are served. It must not raise.
+        :param fold: called with all batches that wait; an iterator, and between two of its steps
+            answers are served. It must not raise.
         :param queue_size: batches that may wait.
+        :param chunk_size: observations that may wait in any number of batches.
+        :param window_sec: [s] that a few observations wait for more.
         :param patience_sec: [s] between two rounds of answers while batches wait.
         """
-        self._fold, self._queue_size, self._patience_sec = fold, queue_size, patience_sec
-        self._served_at = -float('inf')
+        self._fold, self._queue_size, self._chunk_size = fold, queue_size, chunk_size
+        self._window_sec, self._patience_sec = window_sec, patience_sec
+        self._offered_at = self._served_at = -float('inf')
         self._batches, self._questions, self._long = deque(), deque(), deque()
-        self._condition = threading.Condition()
+        self._condition = threading.Condition()  # its lock can be taken twice by one thread
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name='cmanp worker', daemon=True)
 
@@ -65,19 +71,25 @@ class Worker:
         for _, future in (*self._questions, *self._long):
             future.cancel()
 
-    def offer(self, batch) -> list:
+    def offer(self, batch: Sized) -> list:
         """
-        Hand over a batch.
+        Hand over a batch; its length is the number of observations.
 
         :return: batches that were dropped for it: the oldest, if the queue was full.
         """
         with self._condition:
+            if not self._batches:
+                self._offered_at = time.monotonic()
             self._batches.append(batch)
             dropped = []
-            while len(self._batches) > self._queue_size:
+            while len(self._batches) > self._queue_size and self._size > self._chunk_size:
                 dropped.append(self._batches.popleft())
             self._condition.notify()
         return dropped
+
+    @property
+    def _size(self):
+        return sum(len(batch) for batch in self._batches)
 
     @property
     def num_waiting(self) -> int:
@@ -110,19 +122,25 @@ class Worker:
     def _run(self):
         while True:
             with self._condition:
-                self._condition.wait_for(
-                    lambda: self._stopping or self._questions or self._batches or self._long
-                )
+                while not (self._stopping or self._questions or self._long or self._is_due):
+                    left = self._offered_at + self._window_sec - time.monotonic()
+                    self._condition.wait(max(left, 0.0) if self._batches else None)
                 if self._stopping:
                     return
-                batch = self._batches.popleft() if self._batches else None
-            if batch is None or self._is_time_to_serve:
+                batches = self.clear() if self._is_due else []
+            if not batches or self._is_time_to_serve:
                 self._serve()
-            for _ in () if batch is None else self._fold(batch):
+            for _ in self._fold(batches) if batches else ():
                 if self._stopping:
                     return
                 if self._is_time_to_serve:
                     self._serve()
+
+    @property
+    def _is_due(self):
+        """Tell whether batches wait, and have waited long enough or are large."""
+        waited = time.monotonic() - self._offered_at
+        return bool(self._batches) and (waited >= self._window_sec or self._size >= ENOUGH)
 
     @property
     def _is_time_to_serve(self):

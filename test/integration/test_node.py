@@ -383,7 +383,7 @@ def test_status_tells_what_became_of_everything(start_node, client):
 
 
 def test_full_queue_drops_the_oldest_and_counts_it(start_node, client):
-    node = start_node(queue_size=2)
+    node = start_node(queue_size=2, chunk_size=1)
     points = client.publisher(PointCloud2, 'points', 100)
     gate = threading.Event()
     node.worker.ask(lambda: gate.wait(10))
@@ -395,6 +395,27 @@ def test_full_queue_drops_the_oldest_and_counts_it(start_node, client):
     snapshots = counts(node)
     assert (snapshots[0].dropped, snapshots[1].dropped) == (12, 2)
     assert all(snapshot.conserved for snapshot in snapshots)
+
+
+def test_messages_that_wait_are_folded_together(start_node, client, monkeypatch):
+    node = start_node(queue_size=1, batch_window=1.0, calibration_period=0.0)
+    points = client.publisher(PointCloud2, 'points', 100)
+    sizes, observe = [], node.fleet.observe
+    monkeypatch.setattr(node.fleet, 'observe', lambda x, y: sizes.append(len(x)) or observe(x, y))
+    x = scattered(40)
+    for number, part in enumerate(np.split(x, [1, 1, 2, 39]), 1):
+        points.publish(cloud(part, sec=number))
+        wait_for(lambda number=number: counts(node)[1].received == number)
+    wait_for(lambda: counts(node)[1].folded == 5)
+    assert sizes == [40]
+    assert counts(node)[0].folded == 40 and all(each.conserved for each in counts(node))
+    assert node.intake.provenance.oldest_stamp == 1e9 and node.intake.newest_stamp == 5e9
+    np.testing.assert_allclose(node.intake.newest_x, x[-1], rtol=1e-6)
+    alone = node.field.empty_like(2048)
+    for one in np.concatenate([x, height(x)], 1).astype(np.float32).astype(np.float64):
+        alone.observe(one[None, :2], one[None, 2:])
+    expected, found = alone.predict(x), node.field.predict(x)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_namespace_holds_every_topic_and_service(start_node, client):

@@ -1,10 +1,12 @@
 """One thread for all that touches the map: what waits goes together, long work in steps."""
 
 import threading
+import time
+from itertools import chain
 
 import pytest
 
-from cmanp_ros.worker import Worker
+from cmanp_ros.worker import ENOUGH, Worker
 
 TIMEOUT_SEC = 10.0
 
@@ -19,13 +21,13 @@ def worker_with(said):
     """Return a function that makes workers; batches are lists of names."""
     made = []
 
-    def fold(batch):
-        for name in batch:
+    def fold(batches):
+        for name in chain(*batches):
             said.append(name)
             yield
 
-    def make(patience_sec):
-        made.append(Worker(fold, 3, patience_sec))
+    def make(**options):
+        made.append(Worker(fold, **{'queue_size': 3} | options))
         return made[-1]
 
     yield make
@@ -36,7 +38,7 @@ def worker_with(said):
 @pytest.fixture
 def worker(worker_with):
     """Return a worker whose questions wait for no batch."""
-    return worker_with(0.0)
+    return worker_with(patience_sec=0.0)
 
 
 def steps(said, name, count):
@@ -53,12 +55,11 @@ def test_long_work_goes_on_between_all_else(worker, said):
     worker.start()
     done.result(TIMEOUT_SEC)
     # A question waits for nothing, a batch for a step, and no batch stops the grid.
-    assert said[:4] == ['answer', 'grid0', 'a', 'grid1']
-    assert set(said[4:]) == {'b', 'grid2'}
+    assert said == ['answer', 'grid0', 'a', 'grid1', 'b', 'grid2']
 
 
 def test_batches_that_wait_go_together_while_there_is_patience(worker_with, said):
-    worker = worker_with(TIMEOUT_SEC)
+    worker = worker_with(patience_sec=TIMEOUT_SEC)
     worker.ask(lambda: said.append('before'))
     for names in (['a', 'b'], ['c'], ['d']):
         worker.offer(names)
@@ -71,10 +72,42 @@ def test_batches_that_wait_go_together_while_there_is_patience(worker_with, said
 
 
 def test_whoever_asked_is_answered_at_once_when_no_batch_waits(worker_with, said):
-    worker = worker_with(1e9)
+    worker = worker_with(patience_sec=1e9)
     worker.start()
     for number in range(3):
         assert worker.ask(lambda number=number: number).result(TIMEOUT_SEC) == number
+
+
+def test_few_observations_wait_for_more_but_questions_do_not(worker_with, said):
+    worker = worker_with(window_sec=0.2, queue_size=9)
+    worker.start()
+    worker.offer(['a'])
+    assert worker.ask(lambda: list(said)).result(TIMEOUT_SEC) == []
+    worker.offer(['b'])
+    deadline = time.monotonic() + TIMEOUT_SEC
+    while len(said) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert said == ['a', 'b']
+
+
+def test_many_observations_wait_for_nothing(worker_with, said):
+    worker = worker_with(window_sec=1e9)
+    worker.start()
+    worker.offer(['a'] * (ENOUGH - 1))
+    assert worker.ask(lambda: list(said)).result(TIMEOUT_SEC) == []
+    worker.offer(['b'])
+    deadline = time.monotonic() + TIMEOUT_SEC
+    while 'b' not in said and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(said) == ENOUGH
+
+
+def test_full_queue_drops_the_oldest(worker_with):
+    worker = worker_with(chunk_size=5)
+    assert not any(worker.offer([name]) for name in 'abcde')  # small ones take no room
+    assert worker.offer(['f', 'g']) == [['a'], ['b']]
+    assert worker.offer(['h'] * 6) == [['c'], ['d']]
+    assert worker.num_waiting == 3  # large ones do
 
 
 def test_one_who_asks_all_the_time_holds_up_nobody(worker, said):
