@@ -1,5 +1,6 @@
 """The Constant Memory Attentive Neural Process: fold points into a state, predict from it."""
 
+from math import log
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -319,10 +320,11 @@ class CMANP(nn.Module):
             first, second, third, *own = output.double().split(self.config.dim_y, -1)
             stddev = (prior.variance + prior.noise_variance).sqrt()
             mean = prior.mean + stddev * _bounded(first, 2.0)
-            correction = _bounded(second, 2.5).exp()
+            limit = torch.where(second < 0, -log(LEAST_STDDEV), 2.5)
+            correction = _bounded(second, limit).exp()
             log_weight = _bounded(third, 6.0) - 2 * stddev.log()  # untrained: by precision
             answer = Decoded(mean, stddev * correction, correction, log_weight)
-            return _mixed_with(answer, *own) if own else answer
+            return _mixed_with(answer, stddev, *own) if own else answer
         first, second = output.chunk(2, -1)
         bounded = self.config.bounded_stddev
         stddev = 0.05 + 0.95 * nn.functional.softplus(second) if bounded else second.exp()
@@ -411,14 +413,17 @@ def num_context(config: CMANPConfig) -> int:
     return 1 + 3 * config.num_levels
 
 
+LEAST_STDDEV = 0.5  # of the regression's: a reading far off must not be a catastrophe
 OWN_LOG_ODDS = -2.0  # of an untrained decoder's own answer where both are as precise
 
 
-def _mixed_with(answer, mean, log_stddev, log_odds):
+def _mixed_with(answer, stddev, mean, log_stddev, log_odds):
     """
     Return two moments of the mixture of an answer and the decoder's own, by precision.
+
+    :param stddev: of the regression.
     """
-    own_stddev = _bounded(log_stddev, 5.0).exp()
+    own_stddev = (_bounded(log_stddev, 5.0).exp().square() + (LEAST_STDDEV * stddev) ** 2).sqrt()
     precision = 2 * (answer.stddev / own_stddev).log()
     own = torch.sigmoid(_bounded(log_odds, 8.0) + OWN_LOG_ODDS + precision)
     mixed = answer.mean + own * (mean - answer.mean)
