@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from math import exp
 
 import pytest
 import small_models
@@ -13,6 +14,7 @@ from cmanp_ros.core import CMANP, CMANPConfig, attention, forget, least_squares,
 from cmanp_ros.core.attention import AttentionSums
 from cmanp_ros.core.errors import InputError
 from cmanp_ros.core.lattice import OneTile
+from cmanp_ros.core.model import LEAST_STDDEV
 from cmanp_ros.core.state import select
 from cmanp_ros.core.world import World
 
@@ -243,10 +245,23 @@ def test_own_answer_counts_as_the_decoder_says():
         model, bare = own_answer(log_odds)
         state = folded(model, *points(model.config, N))
         found, regression = model.predict(state, x), bare.predict(state, x)
-        expected = (1.0, 0.1) if is_own else (regression.mean, regression.stddev)
+        own_stddev = (0.1**2 + (LEAST_STDDEV * regression.stddev) ** 2).sqrt()
+        expected = (1.0, own_stddev) if is_own else (regression.mean, regression.stddev)
         for part, wanted in zip((found.mean, found.stddev), expected, strict=True):
             wanted = torch.as_tensor(wanted, dtype=part.dtype).expand_as(part)
             torch.testing.assert_close(part, wanted, rtol=0.05, atol=0.05)
+
+
+def test_the_network_never_claims_less_than_half_of_what_the_regression_leaves_open():
+    model, bare = own_answer(1e3)  # all of the answer is its own
+    x = targets(model.config, 50)
+    state = folded(model, *points(model.config, N))
+    stddev = bare.predict(state, x).stddev
+    model.predictor[-1].bias[12:15] = -1e3  # and it is sure of it
+    assert (model.predict(state, x).stddev >= LEAST_STDDEV * stddev).all()
+    for second, factor in ((-1e3, LEAST_STDDEV), (1e3, exp(2.5))):
+        bare.predictor[-1].bias[3:6] = second
+        torch.testing.assert_close(bare.predict(state, x).stddev, factor * stddev)
 
 
 def test_untrained_own_answer_steps_back_where_least_squares_is_precise():
