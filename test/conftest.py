@@ -1,6 +1,7 @@
 """Shapes in the signatures of the core are checked under pytest; every test has the same seed."""
 
 import pkgutil
+import signal
 from importlib.util import find_spec
 
 import jaxtyping
@@ -19,6 +20,10 @@ jaxtyping.install_import_hook(
     ],
     CHECKER,
 )
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it puts behind
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or no child would know of Ctrl-C
 
 
 @pytest.fixture(autouse=True)
