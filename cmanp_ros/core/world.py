@@ -378,20 +378,21 @@ class World:
         if not keys:
             return
         levels = self._needed(keys)
-        self.tiles.rows([key for _, members in levels for key in members])  # all into memory
-        wanted, amplitude = set(keys), {}
+        rows = self.tiles.rows([key for _, members in levels for key in members])  # into memory
+        self._find_evidence(rows)
+        wanted, amplitude, found = set(keys), {}, []
         for solved, members in reversed(levels):  # from coarse to fine
             scale = self._amplitude_prior(members, amplitude)
             place = {key: i for i, key in enumerate(members)}
             center = torch.tensor([place[key] for key in solved], dtype=torch.int64)
             shared = self._shared_evidence(solved, place, self._log_evidence(members, scale))
             rows, scale = self.tiles.rows(solved), scale[center]
-            found = Evidence(*self._evidence.get(rows))
-            weight = shared.softmax(1)
-            means = least_squares.amplitude(self._options, found, scale, weight)
+            own = Evidence(*self._evidence.get(rows))
+            means = least_squares.amplitude(self._options, own, scale, shared.softmax(1))
             amplitude |= zip(solved, means, strict=True)
             chosen = torch.tensor([key in wanted for key in solved], dtype=torch.bool)
-            self._solve(rows[chosen], scale[chosen], shared[chosen])
+            found.append((rows[chosen], scale[chosen], shared[chosen]))
+        self._solve(*map(torch.cat, zip(*found, strict=True)))
         self._solved.update(keys)
         self._solved_at = self.tiles.num_changes
 
@@ -441,13 +442,14 @@ class World:
             self._regression.put(rows[part], made[:-1], version[part])
             self._covariance.put(rows[part], made[-1:], version[part])
 
-    def _log_evidence(self, keys, scale):
-        rows = self.tiles.rows(keys)
+    def _find_evidence(self, rows):
         for stale in _some(self._evidence.stale(rows, self.tiles.version(rows)), SOLVED_AT_ONCE):
             sums = self.tiles.state(stale).least_squares
             made = least_squares.evidence(self._options, self._variances, sums)
             self._evidence.put(stale, made, self.tiles.version(stale))
-        found = Evidence(*self._evidence.get(rows))
+
+    def _log_evidence(self, keys, scale):
+        found = Evidence(*self._evidence.get(self.tiles.rows(keys)))
         own = least_squares.log_evidence(self._options, found, scale)
         return own - own.mean(1, keepdim=True)
 
