@@ -22,7 +22,7 @@ class LeastSquaresConfig:
     smoothnesses: tuple[float, ...] = (1.5,)
     """Matern smoothnesses; inf is the RBF kernel."""
     lengths: tuple[float, ...] = (0.3, 0.6, 1.2, 2.4)
-    noise_ratios: tuple[float, ...] = (0.003, 0.012, 0.04, 0.14, 0.45)
+    noise_ratios: tuple[float, ...] = (0.002, 0.01, 0.04, 0.14, 0.45)
     amplitude_shape: float = 3.0
     amplitude_scale: float = 0.6
     """
