@@ -285,7 +285,7 @@ class Intake:
                 source.points.fold(observed.folded)
                 self._reject_points(source, observed.rejected)
                 if observed.folded:
-                    self.observed(min(stamps), max(stamps))
+                    self.observed(min(stamps), min(stamps) if waiting else max(stamps))
                     self.newest_x = x[-1]
                 yield
             self.folded_at = time.monotonic()
@@ -342,7 +342,7 @@ class Intake:
         batch.source.points.drop(len(batch))
 
     def _fail(self, batches, num_points, error):
-        """Leave out what is left of messages: a fault of ours or of torch must not end the node."""
+        """Leave out what is left of messages: a fault of ours must not end the node."""
         known = isinstance(error, InputError)
         reason = getattr(error, 'reason', 'not_usable') if known else 'internal_error'
         for batch in batches:

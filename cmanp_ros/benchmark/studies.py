@@ -16,7 +16,7 @@ from cmanp_ros.checkpoint import load_model, load_reference
 from cmanp_ros.core import CMANP, CMANPConfig, Lattice, Normalization, World
 from cmanp_ros.core.errors import CMANPError
 from cmanp_ros.evaluation import real_peers
-from cmanp_ros.evaluation.windows import jacksboro, windows
+from cmanp_ros.evaluation.windows import TILE_SIZE, jacksboro, windows
 from cmanp_ros.field import NeuralField
 
 OURS, TILES, EAGER = 'cmanp', 'cmanp tiles', 'eager'
@@ -128,7 +128,7 @@ def _refresh(model, size):
 def windows_of_terrain(repeats: int) -> Iterator[Record]:
     """Take 1,024 points of a window of terrain in, and give 1,000 answers: beside GPs."""
     (task,) = windows(1, 1024, 0, 0.0)
-    fits = {TILES: real_peers.ours_in_tiles('field', 0.4)}
+    fits = {TILES: real_peers.ours_in_tiles('field', TILE_SIZE)}
     for name, fit in (('exact GP', real_peers.exact_gp), ('Vecchia GP', real_peers.vecchia_gp)):
         try:
             _answers(fit, task.x[:32], task.y[:32], task.x_target[:1])

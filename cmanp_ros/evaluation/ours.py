@@ -7,13 +7,14 @@ import torch
 
 from cmanp_ros.checkpoint import load_model
 from cmanp_ros.core import CMANP, Lattice, LeastSquaresConfig, Normalization, OneTile
+from cmanp_ros.evaluation.windows import TILE_SIZE
 from cmanp_ros.field import NeuralField
 
 WINDOW = ((-2.0, -2.0), (2.0, 2.0))
 ONE_TILE_FUNCTIONS = 16  # per axis: as many as are worth their cost in a single tile
 
 
-def for_windows(checkpoint='field', tile_size=0.4, attention=None) -> dict[str, Callable]:
+def for_windows(checkpoint='field', tile_size=TILE_SIZE, attention=None) -> dict[str, Callable]:
     """
     Return what is scored on the windows, name -> function (x, y, x_target) -> mean, stddev.
 

@@ -27,7 +27,7 @@ from cmanp_ros.evaluation.windows import STDDEV, windows
 STRETCH = 2560  # soundings: some thousand kilometers of tracks
 STRETCH_CONTEXT = 256
 STRETCH_TARGETS = 500
-KM_PER_UNIT = 75.0  # so that the tiles of the windows, 0.4, are those of the tracks, 30 km
+KM_PER_UNIT = 75.0  # about the units of the windows: their tiles are 27 km here
 PAIRED = ('rmse', 'log_likelihood', 'crps')  # scores that are compared task by task
 Row = dict[str, Any]
 

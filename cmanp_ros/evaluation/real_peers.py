@@ -16,6 +16,7 @@ from cmanp_ros.evaluation import peers as stream_peers
 from cmanp_ros.evaluation.kernels import Kernel
 from cmanp_ros.evaluation.scores import score
 from cmanp_ros.evaluation.sparse_gp import inducing_points
+from cmanp_ros.evaluation.windows import TILE_SIZE
 from cmanp_ros.optional import library
 
 __all__ = ['CONVCNP', 'REFERENCE', 'STORED', 'peers']
@@ -40,7 +41,7 @@ NUM_LAGS = 20
 FOLDS = 5
 
 
-def peers(checkpoint='field', tile_size: float = 0.4, folder='build/evaluation'):
+def peers(checkpoint='field', tile_size: float = TILE_SIZE, folder='build/evaluation'):
     """
     Return all of them, ours last; a library that is missing shows when its peer is called.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cmanp_ros.core import Lattice, Normalization
 from cmanp_ros.core.tiles import keys_of
-from cmanp_ros.evaluation.windows import windows
+from cmanp_ros.evaluation.windows import TILE_SIZE, windows
 from cmanp_ros.field import NeuralField
 
 STEP = 1e-6  # [tile_size] to both sides
@@ -76,7 +76,7 @@ def seams(field: NeuralField, lower: float, upper: float, seed: int = 0) -> Seam
     return Seams(both(jump / scale), both(jump / mean.std()), both(spread), len(at))
 
 
-def fields(model, num: int, num_context: int, seed: int, tile_size: float = 0.4):
+def fields(model, num: int, num_context: int, seed: int, tile_size: float = TILE_SIZE):
     """Yield maps of windows of terrain, and of as many smooth fields over the same places."""
     lattice = Lattice.of(model.config, tile_size)
     for index, task in enumerate(windows(num, num_context, seed, 0.0)):
