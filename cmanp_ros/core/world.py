@@ -84,14 +84,14 @@ class World:
 
     def _clear_caches(self):
         self._evidence = _Cache()
-        self._regression, self._covariance = _Cache(), _Cache()
+        self._regression = _Cache()
         self._latents = _Cache()
         self._solved, self._solved_at = set(), -1  # tiles, and `num_changes` then
 
     @property
     def nbytes(self) -> int:
         """Memory of the tiles [bytes], and of what predictions keep beside them."""
-        caches = (self._evidence, self._regression, self._covariance, self._latents)
+        caches = (self._evidence, self._regression, self._latents)
         return self.tiles.nbytes + sum(cache.nbytes for cache in caches)
 
     @property
@@ -286,7 +286,8 @@ class World:
         mean, variance, noise = cover.x.new_empty(3, *shape)
         summary = cover.x.new_empty(*shape, least_squares.NUM_SUMMARIES)
         for tiles, members, mask in groups(row, AT_ONCE):
-            regression = Regression(*self._regression.get(tiles), covariance=None)
+            *marginal, _, _ = self._regression.get(tiles)
+            regression = Regression(*marginal, covariance=None)
             values = (
                 *least_squares.predict(self._options, regression, cover.x[members]),
                 regression.noise_variance.unsqueeze(1).expand(-1, members.shape[1], -1),
@@ -334,9 +335,11 @@ class World:
         """
         for row in pairs.row.unique().tolist():
             own = (pairs.row == row).nonzero()[:, 0]
-            one = torch.tensor([row])
-            regression = Regression(*self._regression.get(one), *self._covariance.get(one))
-            yield own, regression, (mixture.weight[own] / pairs.prior.variance[own]).sqrt()
+            yield (
+                own,
+                self._regression_of(torch.tensor([row])),
+                (mixture.weight[own] / pairs.prior.variance[own]).sqrt(),
+            )
 
     def _chunks(self, x):
         """
@@ -434,13 +437,21 @@ class World:
         version = torch.cat([self.tiles.version(rows).unsqueeze(1).double(), inputs], 1)
         is_stale = self._regression.is_stale(rows, version)
         for part in _some(is_stale.nonzero()[:, 0], SOLVED_AT_ONCE):
-            sums = self.tiles.state(rows[part]).least_squares
-            found = Evidence(*self._evidence.get(rows[part]))
-            made = least_squares.posterior(
-                self._options, self._variances, sums, found, scale[part], log_weight[part]
-            )
-            self._regression.put(rows[part], made[:-1], version[part])
-            self._covariance.put(rows[part], made[-1:], version[part])
+            some, hyperparameters = rows[part], (scale[part], log_weight[part])
+            *marginal, _ = self._posterior(some, *hyperparameters)
+            self._regression.put(some, (*marginal, *hyperparameters), version[part])
+
+    def _regression_of(self, rows):
+        """Return solved regressions with their covariances, which are not kept: too large."""
+        *_, scale, log_weight = self._regression.get(rows)
+        return self._posterior(rows, scale, log_weight)
+
+    def _posterior(self, rows, scale, log_weight):
+        sums = self.tiles.state(rows).least_squares
+        found = Evidence(*self._evidence.get(rows))
+        return least_squares.posterior(
+            self._options, self._variances, sums, found, scale, log_weight
+        )
 
     def _find_evidence(self, rows):
         for stale in _some(self._evidence.stale(rows, self.tiles.version(rows)), SOLVED_AT_ONCE):

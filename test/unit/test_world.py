@@ -885,9 +885,12 @@ def test_nothing_is_solved_again_before_something_changes(solved):
     assert all(solved().values())
     made.predict(x_target)
     made.predict(x_target[:3])
+    assert not any(solved().values())
     made.predict_joint(x_target)
     made.sample(x_target, 2, seed=3)
-    assert not any(solved().values())
+    again = solved()
+    assert again['evidence'] == again['latents'] == 0
+    assert again['posterior']  # covariances are not kept: they are larger than the states
 
 
 def test_only_tiles_that_a_point_touches_are_solved_again_and_those_that_take_from_them(solved):
