@@ -234,35 +234,44 @@ def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums)
     :param variances: (num_kernels, num_functions) of `prior_variances`.
     """
     gram, moment, sum_squares, count, _ = _honest_sums(config, a)
-    scale, noise2 = _settings(config, variances.to(gram.device))
+    scales, noise2 = variances.to(gram.device).sqrt(), _noise2(config, gram)
     parts = []
-    for some in torch.arange(len(scale)).split(max(1, MATRICES_AT_ONCE // max(1, len(gram)))):
-        factor = _factor(gram.unsqueeze(1), scale[some], noise2[some])
-        rhs = moment.unsqueeze(1) * (scale[some] / noise2[some]).unsqueeze(-1)
-        half = torch.linalg.solve_triangular(factor, rhs, upper=False)
-        left = sum_squares.unsqueeze(1) / noise2[some] - half.square().sum(-2)
-        whole = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        log_noise = noise2[some, 0].log() * (count / 2).unsqueeze(1)
-        parts.append((left.clamp(min=0) / 2, whole + log_noise))
-    residual, log_determinant = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    return Evidence(residual, log_determinant, count)
+    for some in torch.arange(len(gram)).split(max(1, MATRICES_AT_ONCE // len(noise2))):
+        kernels = [_solve(gram[some], moment[some], scale, noise2) for scale in scales]
+        parts.append([torch.cat(part, 1) for part in zip(*kernels, strict=True)])
+    explained, log_determinant = (torch.cat(part) for part in zip(*parts, strict=True))
+    noise2 = noise2.repeat(len(scales))
+    left = (sum_squares.unsqueeze(1) - explained) / noise2.unsqueeze(-1)
+    shrunk = gram.shape[-1] / 2 * noise2.log()  # of the weights, in units of their prior
+    log_determinant = log_determinant - shrunk + noise2.log() * (count / 2).unsqueeze(1)
+    return Evidence(left.clamp(min=0) / 2, log_determinant, count)
 
 
-def _settings(config, variances):
+def _solve(gram, moment, scale, noise2):
     """
-    Return prior standard deviations (settings, functions) and squared noise ratios (settings, 1).
+    Return squares explained (batch, noises, dim_y), and half log determinants (batch, noises).
     """
-    ratios = variances.new_tensor(config.noise_ratios)
-    scale = variances.sqrt().repeat_interleave(len(ratios), 0)
-    return scale, ratios.square().repeat(len(variances)).unsqueeze(-1)
+    factor = _factor(gram.unsqueeze(1).expand(-1, len(noise2), -1, -1), scale, noise2)
+    rhs = (moment * scale.unsqueeze(-1)).unsqueeze(1).expand(-1, len(noise2), -1, -1)
+    half = torch.linalg.solve_triangular(factor, rhs, upper=False)
+    return half.square().sum(-2), factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def _noise2(config, like):
+    """
+    Return the squared noise ratios, (noises,).
+    """
+    return like.new_tensor(config.noise_ratios).square()
 
 
 def _factor(gram, scale, noise2):
     """
-    Return the Cholesky factor of the posterior precision of weights in units of their prior.
+    Return the Cholesky factor of the precision of weights in units of their prior, times noise2.
+
+    :param gram: (..., functions, functions), scale (..., functions), noise2 (...).
     """
-    precision = gram * ((scale / noise2).unsqueeze(-1) * scale.unsqueeze(-2))
-    precision.diagonal(dim1=-2, dim2=-1).add_(1)
+    precision = gram * (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    precision.diagonal(dim1=-2, dim2=-1).add_(noise2.unsqueeze(-1))
     return cholesky(precision)
 
 
@@ -327,7 +336,9 @@ def posterior(
         log(1 + effective count), and log(effective count / count).
     """
     gram, moment, _, count, center = _honest_sums(config, a)
-    scale_of, noise2_of = _settings(config, variances.to(gram.device))
+    noise2_of = _noise2(config, gram)
+    scale_of = variances.to(gram.device).sqrt().repeat_interleave(len(noise2_of), 0)
+    noise2_of = noise2_of.repeat(len(variances))
     weight = log_weight.softmax(1)  # (batch, settings, dim_y)
     amplitude2 = _amplitudes(config, e, scale)
 
@@ -341,9 +352,9 @@ def posterior(
         inverse = torch.cholesky_inverse(_factor(gram[tile], prior, noise2)).mul_(
             prior.unsqueeze(-1) * prior.unsqueeze(-2)
         )
-        w = inverse @ (moment[tile] / noise2.unsqueeze(-1))
-        scaled = share[tile, setting] * amplitude2[tile, setting]  # (part, dim_y)
-        noise.index_add_(0, tile, scaled * noise2)
+        w = inverse @ moment[tile]
+        scaled = share[tile, setting] * amplitude2[tile, setting] * noise2.unsqueeze(-1)
+        noise.index_add_(0, tile, scaled)
         mean.index_add_(0, tile, share[tile, setting].unsqueeze(1) * w)
         for output, size in enumerate(scaled.unbind(-1)):
             covariance[:, output].index_add_(0, tile, inverse * size[:, None, None])
