@@ -27,8 +27,8 @@ class Worker:
 
     Observations that wait are folded together, then all questions are answered, then long work,
     such as a grid, goes a step on: the first answer after a fold costs as much as a fold, since
-    what changed has to be encoded. A burst of observations delays answers by `patience_sec`, and
-    not by more than it takes to fold a chunk. A few observations wait for more of them.
+    what changed has to be encoded. While observations wait, answers come every `patience_sec`, or
+    as seldom as observations get half of the time. A few observations wait for more of them.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Worker:
         self._fold, self._queue_size, self._chunk_size = fold, queue_size, chunk_size
         self._window_sec, self._patience_sec = window_sec, patience_sec
         self._offered_at = self._served_at = -float('inf')
+        self._served_for = 0.0  # [s] the last time
         self._batches, self._questions, self._long = deque(), deque(), deque()
         self._condition = threading.Condition()  # its lock can be taken twice by one thread
         self._stopping = False
@@ -144,13 +145,15 @@ class Worker:
 
     @property
     def _is_time_to_serve(self):
-        return time.monotonic() - self._served_at >= self._patience_sec
+        return time.monotonic() - self._served_at >= max(self._patience_sec, self._served_for)
 
     def _serve(self):
         """Answer all that was asked until now, and go on with long work."""
+        began_at = time.monotonic()
         self._answer()  # who asks all the time holds up nobody: the questions of now
         self._go_on()
         self._served_at = time.monotonic()
+        self._served_for = self._served_at - began_at
 
     def _go_on(self):
         """Take one step of the long work that waited longest."""

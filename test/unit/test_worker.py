@@ -24,6 +24,7 @@ def worker_with(said):
     def fold(batches):
         for name in chain(*batches):
             said.append(name)
+            time.sleep(0.01)  # longer than an answer takes
             yield
 
     def make(**options):
@@ -69,6 +70,18 @@ def test_batches_that_wait_go_together_while_there_is_patience(worker_with, said
     grid.result(TIMEOUT_SEC)
     # Nobody was served for ever, so questions come first; then nobody is overdue.
     assert said == ['before', 'grid0', 'a', 'b', 'c', 'd', 'after', 'grid1']
+
+
+def test_observations_get_half_of_the_time(worker_with, said):
+    worker = worker_with(patience_sec=0.0)
+    worker.ask(lambda: time.sleep(0.3))
+    worker.offer(['a', 'b', 'c'])
+    worker.ask(lambda: worker.ask(lambda: said.append('after')))
+    worker.start()
+    deadline = time.monotonic() + TIMEOUT_SEC
+    while len(said) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert said == ['a', 'b', 'c', 'after']  # though there is no patience
 
 
 def test_whoever_asked_is_answered_at_once_when_no_batch_waits(worker_with, said):
