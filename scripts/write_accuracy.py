@@ -29,10 +29,10 @@ functions, a factor of 3 and tiles of 0.4 (now 0.36) were then chosen on the oth
 of the amplitude, `points_per_voxel`, the level factor and (earlier weights) tiles of 10 to 60 km
 were also looked at on 2,000 to 4,000 of the soundings below, from numbers 20,000 and 50,000.
 
-The grid of hyperparameters (smoothness 3/2, four lengths, five noise ratios), tiles of 0.36 and the
-share of a tile that answers were chosen on windows of `topobathy.npz` (seeds 7 and 100), robust
-tasks of seed 1000 and worlds of the training prior; that tiles were too large and noise ratios too
-far apart was seen in the figures below, of N = 1,024, as they were before.
+The grid of hyperparameters (smoothness 3/2, four lengths, five noise ratios), tiles of 0.36 and
+the share of a tile that answers were chosen on windows of `topobathy.npz` (seeds 7 and 100),
+robust tasks of seed 1000 and worlds of the training prior; that tiles were too large and noise
+ratios too far apart was suspected from the figures below, of N = 1,024, as they were before.
 Of what the network adds to the standard deviation 0.7 is kept: of 1, 0.7, 0.5 and 0 the sums of
 mean log-likelihoods on tuning data are 2.07, 2.06, 1.99 and 1.49, and the 90 % intervals there
 cover 90, 91, 92 and 94 % (windows of `topobathy.npz`, seed 100; robust tasks of seed 1000; worlds
