@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cmanp_ros.benchmark.measuring import status_bytes
 from cmanp_ros.core.errors import CMANPError
 from cmanp_ros.evaluation import tracks
 from cmanp_ros.evaluation.cache import Cache, Key
@@ -201,7 +202,7 @@ def _prepare(make_methods, name, num_threads):
     _ready['fit'] = make_methods()[name]
     _ready['fit'](x, y)(x[:3])
     gc.collect()
-    _ready['memory'] = _status('VmRSS')
+    _ready['memory'] = _megabytes('VmRSS')
 
 
 def _measure(task: Task) -> dict[str, np.ndarray | float]:
@@ -221,15 +222,14 @@ def _measure(task: Task) -> dict[str, np.ndarray | float]:
         'stddev': np.asarray(stddev),
         'seconds_fit': between - start,
         'seconds_predict': seconds_predict,
-        'memory_mb': max(_status('VmHWM') - _ready['memory'], 0.0) if can_tell else nan,
+        'memory_mb': max(_megabytes('VmHWM') - _ready['memory'], 0.0) if can_tell else nan,
         'load': os.getloadavg()[0] / (os.cpu_count() or 1),
     }
 
 
-def _status(entry) -> float:
+def _megabytes(entry) -> float:
     """Return an entry of what Linux knows of this process [MB]; NaN elsewhere."""
     try:
-        lines = Path('/proc/self/status').read_text(encoding='ascii').splitlines()
+        return status_bytes(entry) / 2**20
     except OSError:
         return nan
-    return next((int(v.split()[1]) / 1024 for v in lines if v.startswith(f'{entry}:')), nan)

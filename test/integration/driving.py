@@ -17,6 +17,7 @@ from rclpy.qos import QoSProfile
 from sensor_msgs.msg import PointCloud2
 from std_msgs.msg import Header
 
+from cmanp_ros.benchmark.measuring import status_bytes
 from cmanp_ros.conversions import cloud_from_points, stamp_from_nanoseconds
 from cmanp_ros.demo.processes import Child, environment, stop
 from cmanp_ros.demo.run import ros_arguments
@@ -54,8 +55,7 @@ class NodeProcess(Child):
     @property
     def resident_bytes(self) -> int:
         """Memory of the process that is in RAM."""
-        status = Path(f'/proc/{self.process.pid}/status').read_text()
-        return 1024 * int(re.search(r'VmRSS:\s*(\d+) kB', status)[1])
+        return status_bytes('VmRSS', self.process.pid)
 
     def kill(self) -> None:
         """End it at once, by SIGKILL: nothing of it runs any more."""
