@@ -97,7 +97,9 @@ def _add_options(parser, study):
         parser.add_argument('--tile-size', type=float, default=30.0, help='[km]')
         parser.add_argument('--limit', type=int, help='only so many soundings')
         return
-    parser.add_argument('--tile-size', type=float, default=0.36, help='the window spans 4')
+    from cmanp_ros.evaluation.windows import TILE_SIZE
+
+    parser.add_argument('--tile-size', type=float, default=TILE_SIZE, help='the window spans 4')
     if study != 'real':
         parser.add_argument('--attention', help='a model without least squares, to stand beside')
     parser.add_argument('--num-tasks', type=int, default=30, help='for each setting')

@@ -110,7 +110,7 @@ def sums(
     mixed = (sine[:, 0].mT @ others).unflatten(-1, (-1, right.shape[-1])).flatten(1, 2)
     mixed = mixed / config.box_half_width ** (x.shape[-1] / 2)
     own = linear.mT @ right
-    row, column = torch.tril_indices(num_linear, num_linear)
+    row, column = _linear_pairs(x.shape[-1])
     products = torch.cat(
         [cosines.flatten(1), mixed[..., :num_linear].flatten(1), own[:, row, column]], 1
     )
@@ -133,7 +133,7 @@ def gram(config: LeastSquaresConfig, dim_x: int, products: Tensor) -> Tensor:
     cosines = cosines.view(batch, *(config.functions_per_axis,) * (2 * dim_x))
     by_function = (0, *range(1, 2 * dim_x, 2), *range(2, 2 * dim_x + 1, 2))
     mixed = mixed.unflatten(1, (count, -1))
-    row, column = torch.tril_indices(1 + dim_x, 1 + dim_x)
+    row, column = _linear_pairs(dim_x)
     matrix[:, :count, :count] = cosines.permute(by_function).reshape(batch, count, count)
     matrix[:, :count, count:], matrix[:, count:, :count] = mixed, mixed.mT
     matrix[:, count + row, count + column] = matrix[:, count + column, count + row] = own
@@ -155,7 +155,7 @@ def quadratic(config: LeastSquaresConfig, matrix: Tensor) -> Tensor:
     pairs = _pairs(config).to(matrix)
     for _ in range(dim_x):
         cosines = torch.tensordot(cosines, pairs, ([1], [1]))
-    row, column = torch.tril_indices(1 + dim_x, 1 + dim_x)
+    row, column = _linear_pairs(dim_x)
     own = matrix[:, count + row, count + column] * torch.where(row == column, 1, 2).to(matrix)
     return torch.cat([cosines.flatten(1), 2 * matrix[:, :count, count:].flatten(1), own], 1)
 
@@ -185,7 +185,7 @@ def evaluate(config: LeastSquaresConfig, x: Tensor, mean: Tensor, quadratic: Ten
     found = (found * _products(sine[:, 1:])[:, None, ..., None]).sum(-2)
     found = found / config.box_half_width ** (dim_x / 2)
 
-    row, column = torch.tril_indices(1 + dim_x, 1 + dim_x)
+    row, column = _linear_pairs(dim_x)
     own = (linear[..., row] * linear[..., column]) @ own.unsqueeze(-1)
     square = square + (found[..., :-1] * linear).sum(-1) + own.squeeze(-1)
     value = found[..., -1] + (linear @ weights[:, :, count:]).squeeze(-1)
@@ -213,6 +213,16 @@ def _sizes(config, dim_x):
 
 
 @cache
+@torch.inference_mode(False)  # tensors that serve in either mode
+def _linear_pairs(dim_x):
+    """
+    Return rows and columns of the lower triangle of products of linear functions.
+    """
+    return torch.tril_indices(1 + dim_x, 1 + dim_x)
+
+
+@cache
+@torch.inference_mode(False)
 def _pairs(config):
     """
     Return by which cosines the products of two sines of one axis are made, (2 m + 1, m * m).

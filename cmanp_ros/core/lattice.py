@@ -75,7 +75,8 @@ class Lattice:
         :param x: (n, dim_x) [m].
         :param level: of which level only; None: of all.
         """
-        return self._cover(x, range(self.num_levels) if level is None else (level,), 0.0)
+        levels = range(self.num_levels) if level is None else (level,)
+        return Cover(*map(torch.cat, zip(*(self._cover(x, one) for one in levels), strict=True)))
 
     def answering(self, x: Tensor) -> Cover:
         """
@@ -86,23 +87,21 @@ class Lattice:
 
         :param x: (n, dim_x) [m].
         """
-        return self._cover(x, range(self.num_levels), LEAST_WINDOW / 2**self.dim_x)
+        cover, count = self.cover(x), 2**self.dim_x
+        window = (cover.window.view(-1, count) - LEAST_WINDOW / count).clamp(min=0)  # of a level
+        window = (window / window.sum(1, keepdim=True)).flatten()
+        return Cover(*(part[window > 0] for part in cover._replace(window=window)))
 
-    def _cover(self, x, levels, least):
-        parts = zip(*(self._of_level(x, level, least) for level in levels), strict=True)
-        return Cover(*map(torch.cat, parts))
-
-    def _of_level(self, x, level, least):
+    def _cover(self, x, level):
         position = x.double() / self.spacing(level)  # (n, dim_x)
         cell = position.floor()
         steps = torch.tensor(list(product((0, 1), repeat=self.dim_x)), device=x.device)
         tile = cell.unsqueeze(1) - steps  # (n, 2**dim_x, dim_x)
         u = HALF_WIDTH * (position.unsqueeze(1) - tile - 1)
-        window = (torch.cos(u * (torch.pi / 4)).square().prod(-1) - least).clamp(min=0)
-        window = window / window.sum(1, keepdim=True)
-        index, column = (window > 0 if least else torch.ones_like(window)).nonzero(as_tuple=True)
-        key = torch.nn.functional.pad(tile[index, column].long(), (1, 0), value=level)
-        return index, key, u[index, column], window[index, column]
+        window = torch.cos(u * (torch.pi / 4)).square().prod(-1)
+        key = torch.nn.functional.pad(tile.long(), (1, 0), value=level)
+        index = torch.arange(len(x), device=x.device).repeat_interleave(len(steps))
+        return index, key.flatten(0, 1), u.flatten(0, 1), window.flatten()
 
     def order(self, x: Tensor) -> Tensor:
         """Return an order (n,) of locations in which those of a tile of any level are together."""
