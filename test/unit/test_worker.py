@@ -11,9 +11,27 @@ from cmanp_ros.worker import ENOUGH, Worker
 TIMEOUT_SEC = 10.0
 
 
+class Said(list):
+    """What was done, in order; one can wait for it."""
+
+    def __init__(self):
+        super().__init__()
+        self._changed = threading.Condition()
+
+    def append(self, name):
+        with self._changed:
+            super().append(name)
+            self._changed.notify_all()
+
+    def wait_for(self, count):
+        """Wait until so much was done."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self) >= count, TIMEOUT_SEC), list(self)
+
+
 @pytest.fixture
 def said():
-    return []
+    return Said()
 
 
 @pytest.fixture
@@ -78,9 +96,7 @@ def test_observations_get_half_of_the_time(worker_with, said):
     worker.offer(['a', 'b', 'c'])
     worker.ask(lambda: worker.ask(lambda: said.append('after')))
     worker.start()
-    deadline = time.monotonic() + TIMEOUT_SEC
-    while len(said) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    said.wait_for(4)
     assert said == ['a', 'b', 'c', 'after']  # though there is no patience
 
 
@@ -97,9 +113,7 @@ def test_few_observations_wait_for_more_but_questions_do_not(worker_with, said):
     worker.offer(['a'])
     assert worker.ask(lambda: list(said)).result(TIMEOUT_SEC) == []
     worker.offer(['b'])
-    deadline = time.monotonic() + TIMEOUT_SEC
-    while len(said) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    said.wait_for(2)
     assert said == ['a', 'b']
 
 
@@ -109,9 +123,7 @@ def test_many_observations_wait_for_nothing(worker_with, said):
     worker.offer(['a'] * (ENOUGH - 1))
     assert worker.ask(lambda: list(said)).result(TIMEOUT_SEC) == []
     worker.offer(['b'])
-    deadline = time.monotonic() + TIMEOUT_SEC
-    while 'b' not in said and time.monotonic() < deadline:
-        time.sleep(0.01)
+    said.wait_for(ENOUGH)
     assert len(said) == ENOUGH
 
 
