@@ -8,7 +8,7 @@ normalizer and its average value (Feng et al. 2023, section 4.1; design of the o
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 
@@ -79,6 +79,15 @@ def fused_softmax(query, key, value, mask=None):
     if mask is not None:
         logsumexp[nothing], mean[nothing] = -torch.inf, 0.0
     return logsumexp, mean
+
+
+def padded(rows: Shaped[Tensor, 'points dim'], mask: Bool[Tensor, 'batch n']) -> Tensor:
+    """
+    Lay out points, those that are there one after another, as (batch, n, dim); 0 elsewhere.
+    """
+    whole = rows.new_zeros(*mask.shape, rows.shape[-1])
+    whole[mask] = rows
+    return whole
 
 
 def empty(batch, num_blocks, num_heads, num_queries, dim_head, device=None) -> AttentionSums:

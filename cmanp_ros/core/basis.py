@@ -27,11 +27,11 @@ class Factors(NamedTuple):
     """What the functions at some points are made of, float64."""
 
     sine: Tensor
-    """(batch, dim_x, n, m): sin(ju), j = 1 ... m; u goes from 0 to pi along the box."""
+    """(batch, dim_x, m, n): sin(ju), j = 1 ... m; u goes from 0 to pi along the box."""
     cosine: Tensor
-    """(batch, dim_x, n, 2 m + 1): cos(ju), j = 0 ... 2 m."""
+    """(batch, dim_x, 2 m + 1, n): cos(ju), j = 0 ... 2 m."""
     linear: Tensor
-    """(batch, n, 1 + dim_x): 1, x / 2."""
+    """(batch, 1 + dim_x, n): 1, x / 2."""
 
 
 def frequencies(config: LeastSquaresConfig, dim_x: int) -> Tensor:
@@ -65,18 +65,29 @@ def dim_of(config: LeastSquaresConfig, num_functions: int) -> int:
 
 def factors(config: LeastSquaresConfig, x: Tensor) -> Factors:
     """
-    Evaluate what the functions are made of.
+    Evaluate what the functions are made of; by the addition theorem, as powers are by squaring.
 
     :param x: (batch, n, dim_x) in model units.
     """
-    x, m = x.double(), config.functions_per_axis
-    u = (x + config.box_half_width).mT * (pi / (2 * config.box_half_width))
-    phase = u.unsqueeze(-1) * torch.arange(m + 1, dtype=x.dtype, device=x.device)
-    sine, cosine = phase.sin(), phase.cos()
-    last = cosine[..., -1:], sine[..., -1:]  # cos((m + j)u) by the addition theorem
-    beyond = last[0] * cosine[..., 1:] - last[1] * sine[..., 1:]
-    linear = torch.cat([torch.ones_like(x[..., :1]), x / HALF_WIDTH], -1)
-    return Factors(sine[..., 1:], torch.cat([cosine, beyond], -1), linear)
+    x, m = x.double().mT, config.functions_per_axis
+    u = (x + config.box_half_width) * (pi / (2 * config.box_half_width))
+    sine, cosine = u.sin().unsqueeze(2), u.cos().unsqueeze(2)
+    while (more := m - sine.shape[2]) > 0:
+        sine, cosine = (
+            torch.cat([known, new], 2)
+            for known, new in zip((sine, cosine), _beyond(sine, cosine, more), strict=True)
+        )
+    cosine = torch.cat([torch.ones_like(cosine[:, :, :1]), cosine, _beyond(sine, cosine, m)[1]], 2)
+    return Factors(sine, cosine, torch.cat([torch.ones_like(x[:, :1]), x / HALF_WIDTH], 1))
+
+
+def _beyond(sine, cosine, count):
+    """
+    Return sin((k + j)u) and cos((k + j)u), j = 1 ... count, of those for j = 1 ... k.
+    """
+    top_sine, top_cosine = sine[:, :, -1:], cosine[:, :, -1:]
+    sine, cosine = sine[:, :, :count], cosine[:, :, :count]
+    return top_cosine * sine + top_sine * cosine, top_cosine * cosine - top_sine * sine
 
 
 def functions(config: LeastSquaresConfig, x: Tensor) -> Tensor:
@@ -87,7 +98,7 @@ def functions(config: LeastSquaresConfig, x: Tensor) -> Tensor:
     :return: (batch, n, num_functions) float64: eigenfunctions, 1, x / 2.
     """
     sine, _, linear = factors(config, x)
-    return torch.cat([_products(sine / config.box_half_width**0.5), linear], -1)
+    return torch.cat([_products(sine / config.box_half_width**0.5), linear], 1).mT
 
 
 def sums(
@@ -103,13 +114,13 @@ def sums(
         value (batch, num_functions, dim_y).
     """
     sine, cosine, linear = factors(config, x)
-    num_linear, present = linear.shape[-1], present.unsqueeze(-1)
-    right = torch.cat([linear, y], -1) * present
-    cosines = (cosine[:, 0] * present).mT @ _products(cosine[:, 1:])
-    others = (_products(sine[:, 1:]).unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
-    mixed = (sine[:, 0].mT @ others).unflatten(-1, (-1, right.shape[-1])).flatten(1, 2)
+    num_linear, present = linear.shape[1], present.unsqueeze(1)
+    right = torch.cat([linear, y.mT], 1) * present
+    cosines = (cosine[:, 0] * present) @ _products(cosine[:, 1:]).mT
+    others = (_products(sine[:, 1:]).unsqueeze(2) * right.unsqueeze(1)).flatten(1, 2)
+    mixed = (sine[:, 0] @ others.mT).unflatten(-1, (-1, right.shape[1])).flatten(1, 2)
     mixed = mixed / config.box_half_width ** (x.shape[-1] / 2)
-    own = linear.mT @ right
+    own = linear @ right.mT
     row, column = _linear_pairs(x.shape[-1])
     products = torch.cat(
         [cosines.flatten(1), mixed[..., :num_linear].flatten(1), own[:, row, column]], 1
@@ -171,36 +182,37 @@ def evaluate(config: LeastSquaresConfig, x: Tensor, mean: Tensor, quadratic: Ten
     """
     dim_x = x.shape[-1]
     sine, cosine, linear = factors(config, x)
-    linear = linear.unsqueeze(1)
     cosines, mixed, own = quadratic.split(_sizes(config, dim_x), -1)
-    cosines = cosines.unflatten(-1, (cosine.shape[-1], -1))  # (batch, dim_y, first axis, others)
-    field = cosine[:, 0].unsqueeze(1) @ cosines
-    square = (field * _products(cosine[:, 1:]).unsqueeze(1)).sum(-1)
+    cosines = cosines.unflatten(-1, (cosine.shape[2], -1))  # (batch, dim_y, first axis, others)
+    field = cosines.mT @ cosine[:, 0].unsqueeze(1)
+    square = (field * _products(cosine[:, 1:]).unsqueeze(1)).sum(2)
 
-    weights = mean.mT.unsqueeze(-1)  # (batch, dim_y, num_functions, 1)
+    weights = mean.mT  # (batch, dim_y, num_functions)
     count = weights.shape[2] - 1 - dim_x
-    per_function = torch.cat([mixed.unflatten(-1, (count, -1)), weights[:, :, :count]], -1)
+    per_function = torch.cat(
+        [mixed.unflatten(-1, (count, -1)), weights[..., :count].unsqueeze(-1)], -1
+    )
     others = per_function.unflatten(2, (config.functions_per_axis, -1)).flatten(3)
-    found = (sine[:, 0].unsqueeze(1) @ others).unflatten(-1, (-1, 2 + dim_x))
-    found = (found * _products(sine[:, 1:])[:, None, ..., None]).sum(-2)
+    found = (others.mT @ sine[:, 0].unsqueeze(1)).unflatten(2, (-1, 2 + dim_x))
+    found = (found * _products(sine[:, 1:])[:, None, :, None]).sum(2)
     found = found / config.box_half_width ** (dim_x / 2)
 
     row, column = _linear_pairs(dim_x)
-    own = (linear[..., row] * linear[..., column]) @ own.unsqueeze(-1)
-    square = square + (found[..., :-1] * linear).sum(-1) + own.squeeze(-1)
-    value = found[..., -1] + (linear @ weights[:, :, count:]).squeeze(-1)
+    square = square + (found[:, :, :-1] * linear.unsqueeze(1)).sum(2)
+    square = square + own @ (linear[:, row] * linear[:, column])
+    value = found[:, :, -1] + weights[..., count:] @ linear
     return value.mT, square.mT
 
 
 def _products(factor: Tensor) -> Tensor:
     """
-    Return all products of one factor (batch, axes, n, k) of each axis, (batch, n, k^axes).
+    Return all products of one factor (batch, axes, k, n) of each axis, (batch, k^axes, n).
     """
     if not factor.shape[1]:
-        return factor.new_ones(len(factor), factor.shape[2], 1)
+        return factor.new_ones(len(factor), 1, factor.shape[3])
     product, *others = factor.unbind(1)
     for other in others:
-        product = (product.unsqueeze(-1) * other.unsqueeze(-2)).flatten(-2)
+        product = (product.unsqueeze(2) * other.unsqueeze(1)).flatten(1, 2)
     return product
 
 

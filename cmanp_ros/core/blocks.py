@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cmanp_ros.core.attention import padded
+
 
 class StackedLinear(nn.Module):
     """
@@ -126,18 +128,24 @@ class Attention(nn.Module):
         """
         return self.to_kv(self.norm_context(context))
 
-    def forward(self, u: Tensor, projected: Tensor | None = None) -> Tensor:
+    def forward(
+        self, u: Tensor, projected: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """
         Attend from u (..., n, dim); `projected` comes from `keys_and_values`.
+
+        :param mask: (batch, n) where contexts have different numbers of rows: u is (rows, dim).
         """
         n = self.norm(u)
+        query = self.to_q(n) if mask is None else padded(self.to_q(n), mask)
         key, value = (self.to_kv(n) if projected is None else projected).chunk(2, -1)
         # Blocks and tiles in one axis: only with four axes torch has a fused kernel.
         q, key, value = (
-            split_heads(part.flatten(0, -3), self.num_heads) for part in (self.to_q(n), key, value)
+            split_heads(part.flatten(0, -3), self.num_heads) for part in (query, key, value)
         )
         read = join_heads(F.scaled_dot_product_attention(q, key, value))
-        return self.to_out(read.view_as(n)) + n
+        read = read.view_as(n) if mask is None else read[mask]
+        return self.to_out(read) + n
 
 
 class Integration(nn.Module):
@@ -168,5 +176,5 @@ class DecoderLayer(nn.Module):
         self.cross_attention = Attention(dim, num_heads, cross=True)
         self.feedforward = FeedForward(dim, dim_feedforward)
 
-    def forward(self, h: Tensor, projected: Tensor) -> Tensor:
-        return self.feedforward(self.cross_attention(h, projected))
+    def forward(self, h: Tensor, projected: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.feedforward(self.cross_attention(h, projected, mask))

@@ -50,16 +50,19 @@ class Encoder(nn.Module):
 
     def fold(
         self,
-        tokens: Float[Tensor, 'batch n dim_model'],
+        tokens: Float[Tensor, '*points dim_model'],
         mask: Bool[Tensor, 'batch n'] | None = None,
     ) -> AttentionSums:
         """
         Return the sums of these tokens in every block: step 1 of all CMABs at once.
 
+        :param tokens: (batch, n, dim_model); with a mask only those that are there, (points, ...).
         :param mask: which tokens are there; None: all.
         """
         query, weight, shift = self._projections()
         projected = F.linear(F.layer_norm(tokens, tokens.shape[-1:]), weight, shift)
+        if mask is not None:
+            projected = attention.padded(projected, mask)
         projected = projected.unflatten(-1, (len(query), 2, self.num_heads, -1))
         key, value = projected.permute(3, 0, 2, 4, 1, 5)  # (batch, block, head, n, dim_head)
         return attention.sums(query, key, value, mask)

@@ -7,6 +7,7 @@ as fast as the library of torch where that is Intel's and the processor is not
 times as long where another process wants a core.
 """
 
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -30,10 +31,22 @@ def cholesky(matrix: Tensor) -> Tensor:
         raise torch.linalg.LinAlgError(f'matrix {tuple(matrix.shape)}: {error}') from error
 
 
+@contextmanager
 def _one_thread():
-    return _controller().limit(limits=1, user_api='blas')
+    """
+    Hold BLAS libraries to one thread; threadpoolctl's own `limit` costs as much as five factors.
+    """
+    found = _libraries()
+    before = [library.get_num_threads() for library in found]
+    try:
+        for library in found:
+            library.set_num_threads(1)
+        yield
+    finally:
+        for library, count in zip(found, before, strict=True):
+            library.set_num_threads(count)
 
 
 @cache
-def _controller():
-    return ThreadpoolController()
+def _libraries():
+    return [one for one in ThreadpoolController().lib_controllers if one.user_api == 'blas']

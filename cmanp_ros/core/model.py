@@ -158,12 +158,15 @@ class CMANP(nn.Module):
     def _chunk(self, x, y, mask):
         options, (batch, n, _) = self.config.least_squares, x.shape
         regression = options and least_squares.sums(options, x, y, mask)
-        number = torch.full((batch,), n, device=x.device) if mask is None else mask.sum(1)
-        return State(self.encoder.fold(self.embed(x, y), mask), regression, number)
+        if mask is None:
+            number, tokens = torch.full((batch,), n, device=x.device), self.embed(x, y)
+        else:
+            number, tokens = mask.sum(1), self.embed(x[mask], y[mask])
+        return State(self.encoder.fold(tokens, mask), regression, number)
 
-    def embed(self, x, y) -> Float[Tensor, 'batch n dim_model']:
+    def embed(self, x, y) -> Float[Tensor, '*points dim_model']:
         """
-        Return the tokens of observations.
+        Return the tokens of observations, (..., dim_x) and (..., dim_y).
         """
         x, y = x.to(self.encoder.latents.dtype), y.to(self.encoder.latents.dtype)
         if self.location is None:
@@ -307,6 +310,7 @@ class CMANP(nn.Module):
         x: Tensor,
         prior: Prior | None,
         global_sample: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Decoded:
         """
         Predict observations at targets of each tile.
@@ -314,8 +318,10 @@ class CMANP(nn.Module):
         :param projected: what `latents` gave.
         :param x: (batch, n, dim_x) in model units.
         :param global_sample: (batch, num_global), of the stochastic variant.
+        :param mask: (batch, n) where tiles have different numbers of targets: `x`, `prior` and
+            the answer then are (targets, ...), tile after tile.
         """
-        output = self.predictor(self._decode_tokens(projected, x, prior, global_sample))
+        output = self.predictor(self._decode_tokens(projected, x, prior, global_sample, mask))
         if prior is not None:
             first, second, third, *own = output.double().split(self.config.dim_y, -1)
             stddev = (prior.variance + prior.noise_variance).sqrt()
@@ -340,7 +346,7 @@ class CMANP(nn.Module):
         h = self._decode_tokens(projected, x)
         return self.predictor(h).flatten(1), self.covariance_head(h)
 
-    def _decode_tokens(self, projected, x, prior=None, global_sample=None):
+    def _decode_tokens(self, projected, x, prior=None, global_sample=None, mask=None):
         x = x.to(self.encoder.latents.dtype)
         place = x if self.location is None else self.location(x)
         inputs = [place]
@@ -352,7 +358,7 @@ class CMANP(nn.Module):
         if global_sample is not None:
             h = h + self.global_variable.to_token(global_sample).unsqueeze(1)
         for layer, keys_and_values in zip(self.decoder, projected, strict=True):
-            h = layer(h, keys_and_values)
+            h = layer(h, keys_and_values, mask)
         return self.norm(h)
 
     def _prior_features(self, prior, place):
@@ -360,7 +366,7 @@ class CMANP(nn.Module):
             0.5
             * torch.stack([prior.variance, prior.noise_variance.expand_as(prior.mean)], -1).log()
         )
-        summary = prior.summary.expand(-1, place.shape[1], -1, -1)
+        summary = prior.summary.expand(*place.shape[:-1], -1, -1)
         features = torch.cat([prior.mean.unsqueeze(-1), logs, summary, prior.context], -1)
         return _bounded(features.flatten(-2) / 2, 4.0).to(place.dtype)
 

@@ -138,7 +138,8 @@ def world_log_likelihood(model: CMANP, batch: Batch) -> Tensor:
         return Normal(0.0, 1.0).log_prob(y) + nothing
     parts, order = [], []
     for tiles, points, mask in groups(batch.point_tile, AT_ONCE):
-        tokens = model.embed(batch.point_x[points], batch.point_y[points])
+        own = points[mask]
+        tokens = model.embed(batch.point_x[own], batch.point_y[own])
         parts.append(model.encoder.fold(tokens, mask))
         order.append(tiles)
     place = torch.cat(order).argsort()  # every tile has points, once
@@ -148,10 +149,12 @@ def world_log_likelihood(model: CMANP, batch: Batch) -> Tensor:
     has_prior = model.config.least_squares is not None
     found, order = [], []
     for tiles, pairs, mask in groups(batch.pair_tile, AT_ONCE):
-        prior = Prior(*(part[pairs] for part in batch.prior)) if has_prior else None
-        answers = model.decode([z[tiles] for z in latents], batch.pair_x[pairs], prior)
-        found.append([part[mask] for part in answers])
-        order.append(pairs[mask])
+        own = pairs[mask]
+        prior = Prior(*(part[own] for part in batch.prior)) if has_prior else None
+        found.append(
+            model.decode([z[tiles] for z in latents], batch.pair_x[own], prior, mask=mask)
+        )
+        order.append(own)
     place = torch.cat(order).argsort()
     answers = Decoded(*(torch.cat(part)[place] for part in zip(*found, strict=True)))
     cover = Cover(

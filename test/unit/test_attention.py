@@ -157,6 +157,13 @@ def test_masked_points_have_no_part_in_gradients(points):
     torch.testing.assert_close(*gradients, **EXACT)
 
 
+def test_padded_rows_lie_where_the_mask_says():
+    rows = torch.arange(1.0, 9.0).view(4, 2)
+    mask = torch.tensor([[True, True, False], [False, False, False], [True, False, True]])
+    found = attention.padded(rows, mask)
+    assert torch.equal(found[mask], rows) and not found[~mask].any()
+
+
 def test_merge_is_commutative(points):
     a, b = chunks(points, (3, 4))
     assert_same(merge(a, b), merge(b, a), rtol=0, atol=0)

@@ -35,11 +35,11 @@ def test_factors_are_sines_cosines_and_coordinates(case):
     for axis in range(dim_x):
         u = (x[..., axis].numpy() / config.box_half_width + 1) * (pi / 2)
         for j in range(1, m + 1):
-            np.testing.assert_allclose(sine[:, axis, :, j - 1], np.sin(j * u), atol=1e-14)
+            np.testing.assert_allclose(sine[:, axis, j - 1], np.sin(j * u), atol=1e-14)
         for j in range(2 * m + 1):
-            np.testing.assert_allclose(cosine[:, axis, :, j], np.cos(j * u), atol=1e-14)
-        assert torch.equal(linear[..., 1 + axis], x[..., axis] / 2)
-    assert (linear[..., 0] == 1).all() and linear.shape[-1] == 1 + dim_x
+            np.testing.assert_allclose(cosine[:, axis, j], np.cos(j * u), atol=1e-14)
+        assert torch.equal(linear[:, 1 + axis], x[..., axis] / 2)
+    assert (linear[:, 0] == 1).all() and linear.shape[1] == 1 + dim_x
 
 
 @pytest.mark.parametrize('n', [0, 1, N])

@@ -14,7 +14,7 @@ from cmanp_ros.core import CMANP, CMANPConfig, attention, forget, least_squares,
 from cmanp_ros.core.attention import AttentionSums
 from cmanp_ros.core.errors import InputError
 from cmanp_ros.core.lattice import OneTile
-from cmanp_ros.core.model import LEAST_STDDEV
+from cmanp_ros.core.model import LEAST_STDDEV, Prior
 from cmanp_ros.core.state import select
 from cmanp_ros.core.world import World
 
@@ -159,7 +159,9 @@ def test_masked_points_have_no_part_in_gradients(preset):
     x, y = points(model.config, N)
     mask = ragged(N)[:1]
     for kept in (slice(None), mask[0]):
-        sums = model.encoder.fold(model.embed(x[:, kept], y[:, kept]), mask[:, kept])
+        there = mask[:, kept]
+        tokens = model.embed(x[:, kept][there], y[:, kept][there])
+        sums = model.encoder.fold(tokens, there)
         model.zero_grad()
         sum(z.square().sum() for z in model.latents(sums)).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
@@ -444,6 +446,18 @@ def decoded(model, state, x_target):
     encoding = model.encoding(state)
     prior = model.regress(encoding, x_target)
     return model.decode(encoding.projected, x_target, prior), prior
+
+
+def test_tiles_with_different_numbers_of_targets_answer_as_each_alone(field):
+    x, y = points(field.config, N, batch=3)
+    state, (x_target, _) = folded(field, x, y), points(field.config, N_TARGET, batch=3)
+    whole, prior = decoded(field, state, x_target)
+    mask = torch.arange(N_TARGET) < torch.tensor([[N_TARGET], [0], [3]])
+    some = [part.expand(*mask.shape, *part.shape[2:])[mask] for part in prior]
+    projected = field.encoding(state).projected
+    found = field.decode(projected, x_target[mask], Prior(*some), mask=mask)
+    for one, other in zip(found, whole, strict=True):
+        torch.testing.assert_close(one, other[mask], **EXACT)
 
 
 def test_an_untrained_field_model_weights_its_answers_by_precision():
