@@ -253,9 +253,9 @@ class Control:
 
     def _forget(self):
         """Let the time fade that has passed on the node's clock."""
-        now = self._node.get_clock().now().nanoseconds
-        seconds, self._forgotten_at = (now - self._forgotten_at) * 1e-9, now
-        if seconds > 0:  # a clock may jump back
+        now, before = self._node.get_clock().now().nanoseconds, self._forgotten_at
+        self._forgotten_at, seconds = now, (now - before) * 1e-9
+        if before and seconds > 0:  # simulated time stands at 0 until it begins, and may jump back
             self._node.in_background(lambda: self._node.fleet.forget(seconds))
 
     # Peers ---------------------------------------------------------------------------------------
