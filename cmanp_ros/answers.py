@@ -78,9 +78,13 @@ class Answers:
         try:
             field, targets = self._node.fleet.combined, [x for _, x, _ in waiting]
             ends = np.cumsum([len(x) for x in targets])[:-1]
-            found = (np.split(part, ends) for part in field.predict(np.concatenate(targets)))
+            intake = self._node.intake
+            found = field.predict(np.concatenate(targets), renew=not intake.is_behind)
+            found = (np.split(part, ends) for part in found)
             for (query_id, x, result), mean, stddev in zip(waiting, *found, strict=True):
-                self._prediction.publish(self._message(field, x, mean, stddev, query_id))
+                self._prediction.publish(
+                    self._message(field, x, mean, stddev, intake.shown, query_id)
+                )
                 result.set_result(None)
         except Exception as error:  # it belongs to whoever asked
             for _, _, result in waiting:
@@ -164,11 +168,13 @@ class Answers:
         else:
             mean, stddev = field.predict(x)
         samples = field.sample(x, num_samples) if num_samples else None
-        return self._message(field, x, mean, stddev), covariance, samples
+        seen = self._node.intake.newest_stamp, field.num_observations
+        return self._message(field, x, mean, stddev, seen), covariance, samples
 
-    def _message(self, field, x, mean, stddev, query_id=0):
+    def _message(self, field, x, mean, stddev, seen, query_id=0):
+        stamp, num_observations = seen
         return conversions.prediction_message(
-            mean, stddev, field.status(x), field.num_observations, self._node.header(), query_id
+            mean, stddev, field.status(x), num_observations, self._node.header(stamp), query_id
         )
 
 

@@ -5,6 +5,7 @@ The only object that the node holds; usable without ROS.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from uuid import uuid4
 
@@ -268,7 +269,7 @@ class NeuralField:
         :raises CheckpointError: when the store cannot be written; nothing is changed then.
         """
         before = self.num_observations
-        seconds = self.world.tiles.undo(seconds, now)
+        seconds = self.world.undo(seconds, now)
         self._version += seconds > 0
         return before - self.num_observations, seconds
 
@@ -464,12 +465,14 @@ class NeuralField:
         index = np.array(keys).reshape(len(keys), self.geometry.dim_x)
         return np.stack([index, index + 2], axis=1) * self.geometry.spacing(level)
 
-    def predict(self, x) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, x, renew: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """
         Predict observations (noise included).
 
         :param x: (n, dim_x) [m]. Outside the workspace the answer is the prior, for a location
             that is not finite NaN.
+        :param renew: False: at once, without what was observed since `refreshing`, wherever
+            somebody asked before.
         :return: mean and stddev, (n, dim_y) each [field units].
         """
         x = _as_matrix(x, self.model.config.dim_x, 'x')
@@ -477,10 +480,22 @@ class NeuralField:
         mean, stddev = self._prior(x)
         if inside.any():
             with torch.inference_mode():
-                found = self.world.predict(self._tensor(x[inside]))
+                found = self.world.predict(self._tensor(x[inside]), renew)
             mean[inside] = self.normalization.value_from_model(_numpy(found[0]))
             stddev[inside] = _numpy(found[1]) * self.normalization.value_scale
         return mean, stddev
+
+    def refreshing(self, x) -> Iterator[None]:
+        """
+        Solve what observations changed and somebody asked for before, a little with each step.
+
+        :param x: (n, dim_x) [m] where something was observed.
+        """
+        x = _as_matrix(x, self.model.config.dim_x, 'x')
+        for tiles in self.world.tiles_over(self._tensor(x[self.status(x) == OK])):
+            with torch.inference_mode():
+                self.world.refresh_asked(tiles)
+            yield
 
     def predict_joint(self, x) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """

@@ -122,6 +122,7 @@ class Intake:
         self.newest_x = np.add(node.parameters.bounds_min, node.parameters.bounds_max) / 2
         self.track = Track(2 * node.parameters.grid_resolution)
         """Where the sensors were; for points in the map frame, the middle of their message."""
+        self._shown = None
         self.paused = False
         self.folded_at = None  # [s] of the monotonic clock
         self._latency = Latency()
@@ -145,6 +146,16 @@ class Intake:
     def latency_sec(self) -> float | None:
         """Return the median time [s] from a message to the map with it; None before the first."""
         return self._latency.median()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether observations are being folded now that answers do not have all of."""
+        return self._shown is not None
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """Newest stamp [ns], and number, of the observations that answers have for certain."""
+        return self._shown or (self.newest_stamp, self._node.fleet.combined.num_observations)
 
     def nothing_yet(self) -> Provenance:
         """Return the provenance of an empty map."""
@@ -183,6 +194,7 @@ class Intake:
             clock jumped back.
         """
         self._num_resets += 1  # what is left of the message being folded is left out
+        self._shown = None
         for batch in self._node.worker.clear():
             self._clear([batch], len(batch))
         self._node.transforms.clear()
@@ -253,27 +265,39 @@ class Intake:
     # On the worker's thread ----------------------------------------------------------------------
 
     def fold(self, batches: list[Batch]):
-        """Fold messages, a chunk at a time: an iterator, see `Worker`."""
-        for _, of_source in groupby(batches, lambda batch: batch.source.name):
-            yield from self._fold(list(of_source))
+        """
+        Fold messages, and refresh the map, a little at a time: an iterator, see `Worker`.
 
-    def _fold(self, batches):
-        """Fold messages of one source together."""
-        source, parts = batches[0].source, []
+        Whoever asks meanwhile need not wait for it: see `shown`.
+        """
+        self._shown = self.shown
+        try:
+            for _, of_source in groupby(batches, lambda batch: batch.source.name):
+                if parts := list(self._parts(of_source)):
+                    usable, x, y = zip(*parts, strict=True)
+                    x, y = np.concatenate(x), np.concatenate(y)
+                    yield from self._fold(usable, x, y)
+                    yield from self._refresh(x)
+        finally:
+            self._shown = None
+
+    def _parts(self, batches):
+        """Yield each message with its points that take part, x and y in the map frame."""
         for batch in batches:
             if batch.num_resets != self._num_resets:
                 self._clear([batch], len(batch))
                 continue
             try:
-                parts.append((batch, *self._taken(batch)))
+                part = batch, *self._taken(batch)
             except Exception as error:
                 self._fail([batch], len(batch), error)
-        if not parts:
-            return
-        batches, x, y = zip(*parts, strict=True)
-        x, y = np.concatenate(x), np.concatenate(y)
+            else:
+                yield part
+
+    def _fold(self, batches, x, y):
+        """Fold messages of one source together."""
+        source, waiting = batches[0].source, len(x)
         stamps = [self._not_in_future(batch.stamp) for batch in batches]
-        waiting = len(x)
         try:
             for chunk in self._node.field.in_chunks(x, self._node.parameters.chunk_size):
                 if batches[0].num_resets != self._num_resets:
@@ -294,6 +318,13 @@ class Intake:
                 self._latency.add(self.folded_at - batch.received_at)
         except Exception as error:
             self._fail(batches, waiting, error)
+
+    def _refresh(self, x):
+        """Solve the map where points were folded, x (n, dim_x); a fault costs nobody's points."""
+        try:
+            yield from self._node.fleet.combined.refreshing(x)
+        except Exception as error:
+            self._node.warn('internal_error', f'a fault, the node goes on: {error!r}')
 
     def _taken(self, batch):
         """Return the points of a message that take part, x and y in the map frame."""

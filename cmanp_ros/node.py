@@ -211,11 +211,17 @@ class CMANPNode(LifecycleNode):
 
     # What the parts share ------------------------------------------------------------------------
 
-    def header(self) -> Header:
-        """Return the header of everything published: stamp of the newest observation."""
+    def header(self, stamp: int | None = None) -> Header:
+        """
+        Return the header of everything published.
+
+        :param stamp: [ns] of the newest observation in it, by default in the map; 0: none, and
+            the header bears the time now.
+        """
+        stamp = self.intake.newest_stamp if stamp is None else stamp
         header = Header(frame_id=self.parameters.map_frame)
-        if self.intake.newest_stamp:
-            header.stamp = conversions.stamp_from_nanoseconds(self.intake.newest_stamp)
+        if stamp:
+            header.stamp = conversions.stamp_from_nanoseconds(stamp)
         else:
             header.stamp = self.get_clock().now().to_msg()
         return header

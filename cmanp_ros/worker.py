@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future
 from typing import Any
 
-PATIENCE_SEC = 0.1  # for which questions wait while observations do
 ENOUGH = 100  # observations: more of them at once cost as much each
 TIMEOUT_SEC = 30.0  # that whoever asks should wait for an answer at most
 
@@ -25,10 +24,9 @@ class Worker:
     """
     One thread, three queues.
 
-    Observations that wait are folded together, then all questions are answered, then long work,
-    such as a grid, goes a step on: the first answer after a fold costs as much as a fold, since
-    what changed has to be encoded. While observations wait, answers come every `patience_sec`, or
-    as seldom as observations get half of the time. A few observations wait for more of them.
+    Observations that wait are folded together, in steps. Between two of these all questions are
+    answered, then long work, such as a grid, goes a step on; as seldom as observations get half of
+    the time. A few observations wait for more of them.
     """
 
     def __init__(
@@ -37,7 +35,6 @@ class Worker:
         queue_size: int,
         chunk_size: int = 1,
         window_sec: float = 0.0,
-        patience_sec: float = PATIENCE_SEC,
     ):
         """
         Prepare; `start` starts the thread.
@@ -47,10 +44,9 @@ class Worker:
         :param queue_size: batches that may wait.
         :param chunk_size: observations that may wait in any number of batches.
         :param window_sec: [s] that a few observations wait for more.
-        :param patience_sec: [s] between two rounds of answers while batches wait.
         """
         self._fold, self._queue_size, self._chunk_size = fold, queue_size, chunk_size
-        self._window_sec, self._patience_sec = window_sec, patience_sec
+        self._window_sec = window_sec
         self._offered_at = self._served_at = -float('inf')
         self._served_for = 0.0  # [s] the last time
         self._batches, self._questions, self._long = deque(), deque(), deque()
@@ -145,7 +141,7 @@ class Worker:
 
     @property
     def _is_time_to_serve(self):
-        return time.monotonic() - self._served_at >= max(self._patience_sec, self._served_for)
+        return time.monotonic() - self._served_at >= self._served_for
 
     def _serve(self):
         """Answer all that was asked until now, and go on with long work."""

@@ -3,7 +3,8 @@ A world of tiles: fold points into every tile that covers them, predict from the
 
 Levels of tiles fold the same points. A tile takes its hyperparameters from the evidence of its
 neighbours and itself, and the prior of its amplitude from the coarsest tiles above it.
-Every prediction is a function of the states alone: order, batches and paging do not matter.
+Every prediction is a function of the states alone: order, batches and paging do not matter. Who
+cannot wait for tiles to be solved is answered from those that were solved last (`renew=False`).
 """
 
 import math
@@ -28,6 +29,7 @@ AT_ONCE = 1 << 13  # points or targets times tiles: bounds the memory of one ste
 FEW = 1 << 12  # pairs, padded ones included, that go together whatever their tiles
 TARGETS_AT_ONCE = 4096
 ORDERED_AT_ONCE = 1 << 16  # targets of which those of a tile are brought together
+REFRESHED_AT_ONCE = 8  # tiles: some 20 ms
 SOLVED_AT_ONCE = 16  # tiles: what their regressions need fits in caches
 
 
@@ -86,6 +88,8 @@ class World:
         self._evidence = _Cache()
         self._regression = _Cache()
         self._latents = _Cache()
+        self._ready = {}  # row -> the tile that was solved and encoded there last
+        self._asked = set()  # rows of tiles that somebody asked for since
         self._solved, self._solved_at = set(), -1  # tiles, and `num_changes` then
 
     @property
@@ -121,6 +125,8 @@ class World:
             changes.append((some, state))
         for some, state in changes:
             self.tiles.change(some, state)
+            for row in set(self.tiles.rows(some).tolist()) - self._asked:
+                self._ready.pop(row, None)  # or an answer might be very old
         self.tiles.totals['num_observations'] += len(x)
 
     def merge(self, other: 'World'):
@@ -137,6 +143,7 @@ class World:
         for some in self._batches(other.tiles.keys(), other.tiles.max_tiles):
             theirs = other.tiles.state(other.tiles.rows(some))
             self.tiles.change(some, merge(self.tiles.state_of(some), theirs))
+        self._ready.clear()
         self.tiles.totals['num_observations'] += other.num_observations
 
     def changed_since(self, earlier: 'World | None') -> list[Key] | None:
@@ -166,7 +173,13 @@ class World:
             for part in parts[1:]:
                 state = merge(state, part.tiles.state_of(some))
             self.tiles.change(some, state)
+        self._ready.clear()
         self.tiles.totals['num_observations'] = sum(part.num_observations for part in parts)
+
+    def undo(self, seconds: float, now: float) -> float:
+        """Take back the last seconds: see `Tiles.undo`."""
+        self._ready.clear()
+        return self.tiles.undo(seconds, now)
 
     def export(self) -> tuple[list[Key], State | None]:
         """Return every tile, those in the store too, in order; None without any."""
@@ -196,16 +209,18 @@ class World:
 
     # Predictions ---------------------------------------------------------------------------------
 
-    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Tensor, renew: bool = True) -> tuple[Tensor, Tensor]:
         """
         Predict observations.
 
         :param x: (n, dim_x) [m].
+        :param renew: solve what changed; else tiles that were asked for since they were solved
+            say what they said then, before the last folds, which costs a fraction.
         :return: mean and stddev, (n, dim_y) in model units.
         """
         mean, stddev = torch.empty(2, len(x), self.model.config.dim_y, dtype=torch.float64)
         for chunk in self._chunks(x):
-            _, _, mixture = self._answer(x[chunk])
+            _, _, mixture = self._answer(x[chunk], renew)
             mean[chunk], stddev[chunk] = mixture.mean.cpu(), mixture.stddev.cpu()
         return mean, stddev
 
@@ -263,25 +278,47 @@ class World:
             samples[:, chunk] = mixture.mean + field * deviation
         return samples
 
+    def tiles_over(self, x: Tensor) -> list[list[Key]]:
+        """Return the tiles that cover locations (n, dim_x), as many together as go in a moment."""
+        return self._batches(_unique(self.geometry.cover(x).key)[0], REFRESHED_AT_ONCE)
+
     def refresh(self, keys: list[Key]):
         """Solve and encode tiles that changed, which the next prediction would do otherwise."""
         if self._options is not None:
             self._regress(keys)
-        self._encoded(self.tiles.rows(keys))
+        rows = self.tiles.rows(keys)
+        self._encode(rows)
+        self._ready.update(zip(rows.tolist(), keys, strict=True))
+        self._asked.difference_update(rows.tolist())
 
-    def pairs(self, x: Tensor) -> Pairs:
+    def refresh_asked(self, keys: list[Key]):
+        """Refresh those tiles that somebody asked for since they were last solved."""
+        self.refresh(
+            [
+                key
+                for row, key in zip(self.tiles.rows(keys).tolist(), keys, strict=True)
+                if row in self._asked and self._ready.get(row) == key
+            ]
+        )
+
+    def pairs(self, x: Tensor, renew: bool = True) -> Pairs:
         """
         Return the tiles that answer at each target (n, dim_x) and have data, ready to be decoded.
+
+        :param renew: see `predict`.
         """
         cover = self.geometry.answering(x)
         keys, tile = _unique(cover.key)
+        known = [key for key in keys if key in self.tiles]
+        self.refresh(known if renew else self._not_ready(known))
+        if self._not_ready(known):  # what was needed beside them took the place of some
+            self.refresh(known)
+        self._asked.update(self.tiles.rows(known).tolist())
         row = self.tiles.rows(keys)[tile]
         there = row >= 0
         cover, row = Cover(*(part[there] for part in cover)), row[there]
         if self._options is None:
             return Pairs(cover, row, None)
-        self._regress([key for key in keys if key in self.tiles])
-        row = self.tiles.rows(keys)[tile][there]  # what was needed beside them may have moved them
         shape = (len(row), self.model.config.dim_y)
         mean, variance, noise = cover.x.new_empty(3, *shape)
         summary = cover.x.new_empty(*shape, least_squares.NUM_SUMMARIES)
@@ -309,14 +346,17 @@ class World:
         shape = (len(pairs.row), self.model.config.dim_y)
         answers = Decoded(*torch.empty(4, *shape, dtype=torch.float64, device=pairs.row.device))
         for tiles, members, mask in groups(pairs.row, AT_ONCE):
-            prior = pairs.prior and Prior(*(part[members] for part in pairs.prior))
-            found = self.model.decode(self._encoded(tiles), pairs.cover.x[members], prior)
+            own = members[mask]
+            prior = pairs.prior and Prior(*(part[own] for part in pairs.prior))
+            found = self.model.decode(
+                self._latents.get(tiles), pairs.cover.x[own], prior, mask=mask
+            )
             for whole, part in zip(answers, found, strict=True):
-                whole[members[mask]] = part[mask].double()
+                whole[own] = part.double()
         return answers
 
-    def _answer(self, x) -> tuple[Pairs, Decoded, Mixture]:
-        pairs = self.pairs(x)
+    def _answer(self, x, renew=True) -> tuple[Pairs, Decoded, Mixture]:
+        pairs = self.pairs(x, renew)
         answers = self.decode(pairs)
         levels = self.geometry.num_levels
         return pairs, answers, blending.blend(pairs.cover, answers, len(x), levels)
@@ -363,13 +403,17 @@ class World:
 
     # What predictions need of tiles --------------------------------------------------------------
 
-    def _encoded(self, rows):
-        """Return keys and values of the latents of tiles, for each layer (tiles, latents, ...)."""
+    def _not_ready(self, keys):
+        """Return the tiles, of those that are somewhere, that were not solved where they are."""
+        rows = self.tiles.rows(keys).tolist()
+        return [key for row, key in zip(rows, keys, strict=True) if self._ready.get(row) != key]
+
+    def _encode(self, rows):
+        """Keep keys and values of the latents of tiles, for each layer (tiles, latents, ...)."""
         version = self.tiles.version(rows)
         for stale in _some(self._latents.stale(rows, version), 256):
             made = self.model.latents(self.tiles.state(stale).attention)
             self._latents.put(stale, made, self.tiles.version(stale))
-        return self._latents.get(rows)
 
     def _regress(self, keys: list[Key]):
         """

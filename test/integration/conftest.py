@@ -126,3 +126,8 @@ def wait_for(condition, timeout_sec=TIMEOUT_SEC):
         assert time.monotonic() < deadline, f'not within {timeout_sec} s: {condition}'
         woken.wait(0.01)
     return value
+
+
+def wait_until_folded(node, count):
+    """Wait until a node of this process has so many observations, and all answers have them."""
+    wait_for(lambda: node.field.num_observations == count and not node.intake.is_behind)

@@ -7,7 +7,7 @@ import pytest
 from builtin_interfaces.msg import Time
 from cmanp_ros.msg import State
 from cmanp_ros.srv import LoadState, MergeState, Predict, SaveState, Undo
-from conftest import wait_for
+from conftest import wait_for, wait_until_folded
 from rcl_interfaces.msg import Parameter as ParameterMessage
 from rcl_interfaces.msg import ParameterValue
 from rcl_interfaces.srv import DescribeParameters, SetParametersAtomically
@@ -30,7 +30,7 @@ def publish(client, node, *clouds, topic='points'):
     for each in clouds:
         expected = node.field.num_observations + each.width
         points.publish(each)
-        wait_for(lambda expected=expected: node.field.num_observations == expected)
+        wait_until_folded(node, expected)
 
 
 def content(field):
@@ -269,9 +269,11 @@ def test_state_is_published_on_request_and_latched(start_node, client):
 def test_what_was_observed_fades_with_the_time_of_the_node(start_node, client):
     node = start_node(use_sim_time=True, half_life=100.0, calibration_period=0.0)
     clock = client.publisher(Clock, '/clock')
+    node.field.observe(scattered(150), height(scattered(150)))  # as of a map that was restored
     tick(clock, node, 1000)
-    publish(client, node, cloud(scattered(150), sec=1000))
+    wait_for(lambda: node.control._forgotten_at == 1000 * 10**9)
     _, fresh = node.field.predict(scattered(20, seed=1))
+    assert (fresh < 0.1).all(), 'a clock that begins is no time that passes'
     for seconds in (1400, 1800):
         tick(clock, node, seconds)
     wait_for(lambda: (node.field.predict(scattered(20, seed=1))[1] > fresh).all())
@@ -302,7 +304,7 @@ def test_clock_that_jumps_back_is_followed_as_the_parameter_says(start_node, cli
     points.publish(cloud(scattered(11, seed=2), sec=21))
     expected = {'keep': 48, 'reset': 11, 'pause': 37}[policy]
     wait_for(lambda: sum(counts(node)[1].rejected.values()) + node.intake.newest_stamp)
-    wait_for(lambda: node.field.num_observations == expected)
+    wait_until_folded(node, expected)
     assert node.intake.paused == (policy == 'pause')
     if policy != 'pause':
         assert node.header().stamp.sec == 21, 'not the stamp from before the jump'
@@ -342,7 +344,7 @@ def test_source_that_is_disabled_is_counted_and_comes_back(start_node, client):
     wait_for(lambda: counts(node)[1].rejected == {'disabled': 1})
     assert set_parameters(client, points__enabled=True).successful
     points.publish(cloud(scattered(9)))
-    wait_for(lambda: node.field.num_observations == 9)
+    wait_until_folded(node, 9)
 
 
 def test_parameters_are_described_with_range_and_text(start_node, client):
@@ -370,7 +372,7 @@ def test_any_sensor_with_a_header_is_a_source(start_node, client):
     message.header.frame_id, message.header.stamp.sec = 'map', 3
     for number in range(1, 6):
         sensor.publish(message)
-        wait_for(lambda number=number: node.field.num_observations == number)
+        wait_until_folded(node, number)
     mean, _ = node.field.predict([[0.0, 0.0]])
     assert abs(mean[0, 0] - 68.0) < 2.0
 

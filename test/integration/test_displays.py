@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import wait_for
+from conftest import wait_for, wait_until_folded
 from geometry_msgs.msg import PoseArray
 from nav_msgs.msg import OccupancyGrid
 from rclpy.qos import (
@@ -46,7 +46,7 @@ def surveyed(start_node, client):
         fields = {'x': x, 'y': y, 'z': np.sin(x / 3)}
         header = Header(frame_id='map', stamp=stamp_from_nanoseconds(7 * 10**9))
         points.publish(cloud_from_points(fields, header))
-        wait_for(lambda: node.field.num_observations == 311)
+        wait_until_folded(node, 311)
         return node
 
     return start
@@ -162,7 +162,9 @@ def test_nothing_is_computed_for_topics_without_subscribers(surveyed, client, mo
     node = surveyed()
     asked = []
     predict = node.field.predict
-    monkeypatch.setattr(node.field, 'predict', lambda x: asked.append(len(x)) or predict(x))
+    monkeypatch.setattr(
+        node.field, 'predict', lambda x, renew: asked.append(len(x)) or predict(x, renew)
+    )
     newest(client, OccupancyGrid, 'cmanp/stddev')
     assert sum(asked) == 50 * 50
     assert max(asked) <= displays.CELLS_AT_ONCE

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cmanp_ros.msg import Observations, Prediction, Query
 from cmanp_ros.srv import Predict
-from conftest import wait_for
+from conftest import wait_for, wait_until_folded
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from lifecycle_msgs.srv import ChangeState, GetState
 from nav_msgs.msg import OccupancyGrid
@@ -76,7 +76,7 @@ def test_cloud_in_prediction_out_on_topic_and_service(start_node, client):
     points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
     wait_for(lambda: client.node.count_publishers('cmanp/prediction'))
     points.publish(cloud(scattered(701)))
-    wait_for(lambda: node.field.num_observations == 701)
+    wait_until_folded(node, 701)
 
     target = scattered(53, seed=1)
     queries.publish(query(target))
@@ -104,7 +104,9 @@ def test_queries_that_wait_are_answered_together_and_each_its_own(start_node, cl
     wait_for(lambda: client.node.count_publishers('cmanp/prediction'))
     wait_for(lambda: queries.get_subscription_count())
     calls, predict, gate = [], node.field.predict, threading.Event()
-    monkeypatch.setattr(node.field, 'predict', lambda x: calls.append(len(x)) or predict(x))
+    monkeypatch.setattr(
+        node.field, 'predict', lambda x, renew: calls.append(len(x)) or predict(x, renew)
+    )
     node.worker.ask(lambda: gate.wait(10))
     targets = {number: scattered(size, seed=size) for number, size in enumerate((3, 0, 1, 17), 1)}
     for number, x in targets.items():
@@ -120,12 +122,45 @@ def test_queries_that_wait_are_answered_together_and_each_its_own(start_node, cl
         np.testing.assert_allclose([mean, stddev], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_query_does_not_wait_for_what_is_being_folded_and_says_so(start_node, client, monkeypatch):
+    node = start_node()
+    x, gate, refreshing = scattered(31, seed=3), threading.Event(), node.field.refreshing
+    node.field.observe(scattered(301), height(scattered(301)))
+    before = node.field.predict(x)
+
+    def slowly(x):
+        yield from refreshing(x[:0])
+        while not gate.wait(0.01):
+            yield
+        yield from refreshing(x)
+
+    monkeypatch.setattr(node.field, 'refreshing', slowly)
+    predictions = client.collect(Prediction, 'cmanp/prediction', 10)
+    queries = client.publisher(Query, 'query')
+    wait_for(lambda: client.node.count_publishers('cmanp/prediction'))
+    client.publisher(PointCloud2, 'points', qos_profile_sensor_data).publish(cloud(scattered(211)))
+    wait_for(lambda: node.field.num_observations == 512)
+    queries.publish(query(x, 1))
+    answer = wait_for(lambda: predictions)[0]
+    mean, stddev, _ = predictions_from_message(answer)
+    np.testing.assert_allclose([mean, stddev], before, rtol=1e-3, atol=1e-5)
+    assert answer.num_observations == 301
+    answer = client.call(Predict, 'cmanp/predict', request(x)).prediction
+    assert (answer.num_observations, answer.header.stamp.sec) == (512, 7)
+    assert np.abs(predictions_from_message(answer)[1] - stddev).max() > 1e-3
+    gate.set()
+    wait_until_folded(node, 512)
+    queries.publish(query(x, 2))
+    answer = wait_for(lambda: predictions[1:])[0]
+    assert (answer.num_observations, answer.header.stamp.sec) == (512, 7)
+
+
 def test_observations_in_prediction_out(start_node, client):
     node = start_node()
     publisher = client.publisher(Observations, 'observations', qos_profile_sensor_data)
     x = scattered(307)
     publisher.publish(message_from_observations(x, height(x), header()))
-    wait_for(lambda: node.field.num_observations == 307)
+    wait_until_folded(node, 307)
     response = client.call(Predict, 'cmanp/predict', request(x[:31]))
     mean, *_ = predictions_from_message(response.prediction)
     assert np.abs(mean - height(x[:31])).max() < 0.2
@@ -147,7 +182,7 @@ def test_joint_prediction_and_samples_are_consistent(start_node, client):
     node = start_node()
     points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
     points.publish(cloud(scattered(97)))
-    wait_for(lambda: node.field.num_observations == 97)
+    wait_until_folded(node, 97)
     x = np.stack([np.linspace(-20, 20, 41), np.full(41, 3.0)], 1)
     response = client.call(Predict, 'cmanp/predict', request(x, joint=True, num_samples=100))
     assert response.success, response.message
@@ -226,7 +261,7 @@ def test_malformed_cloud_is_counted_by_reason_and_changes_nothing(start_node, cl
     wait_for(lambda: counts(node)[1].rejected == {reason: 1})
     assert node.field.version == before
     points.publish(cloud(scattered(19)))
-    wait_for(lambda: node.field.num_observations == 42)
+    wait_until_folded(node, 42)
     assert all(snapshot.conserved for snapshot in counts(node))
 
 
@@ -249,7 +284,7 @@ def test_map_has_no_border(start_node, client):
     points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
     x = scattered(307) + [9000.0, -7000.0]
     points.publish(cloud(x))
-    wait_for(lambda: node.field.num_observations == 307)
+    wait_until_folded(node, 307)
     response = client.call(Predict, 'cmanp/predict', request(x[:31]))
     mean, _, status = predictions_from_message(response.prediction)
     assert not status.any()
@@ -262,7 +297,7 @@ def test_map_in_a_store_is_there_after_a_restart(start_node, client, tmp_path):
     points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
     x = scattered(307)
     points.publish(cloud(x))
-    wait_for(lambda: node.field.num_observations == 307)
+    wait_until_folded(node, 307)
     assert node.field.num_tiles > 128 >= node.field.num_tiles_in_memory
     before, _ = node.field.predict(x)
     node.trigger_deactivate()
@@ -277,7 +312,7 @@ def test_map_is_written_to_the_store_while_the_node_runs(start_node, client, tmp
     node = start_node(store=str(store), store_period=0.1)
     points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
     points.publish(cloud(scattered(53)))
-    wait_for(lambda: node.field.num_observations == 53)
+    wait_until_folded(node, 53)
     wait_for(lambda: len(node.field._store) == node.field.num_tiles > 0)
     assert node.field._store.extra['num_observations'] == 53
 
@@ -323,7 +358,7 @@ def test_reset_gives_the_prior_again(start_node, client):
     prior = client.call(Predict, 'cmanp/predict', request(x)).prediction
     points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
     points.publish(cloud(x))
-    wait_for(lambda: node.field.num_observations == 37)
+    wait_until_folded(node, 37)
     response = client.call(Trigger, 'cmanp/reset', Trigger.Request())
     assert (response.success, response.message) == (True, 'forgot 37 observations')
     after = client.call(Predict, 'cmanp/predict', request(x)).prediction
@@ -339,14 +374,14 @@ def test_paused_node_answers_but_rejects_observations(start_node, client):
     assert client.call(Predict, 'cmanp/predict', request(scattered(3))).success
     assert client.call(SetBool, 'cmanp/pause', SetBool.Request(data=False)).success
     points.publish(cloud(scattered(41)))
-    wait_for(lambda: node.field.num_observations == 41)
+    wait_until_folded(node, 41)
 
 
 def test_grid_topics_are_latched_and_published_only_where_somebody_listens(start_node, client):
     node = start_node(publish_rate=50.0, grid_resolution=2.0)
     points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
     points.publish(cloud(scattered(211)))
-    wait_for(lambda: node.field.num_observations == 211)
+    wait_until_folded(node, 211)
     assert node.displays._published is None
     received = {
         topic: client.collect(message_type, f'cmanp/{topic}', LATCHED)
@@ -391,7 +426,7 @@ def test_full_queue_drops_the_oldest_and_counts_it(start_node, client):
         points.publish(cloud(scattered(size)))
         wait_for(lambda number=number: counts(node)[1].received == number)
     gate.set()
-    wait_for(lambda: node.field.num_observations == 24)
+    wait_until_folded(node, 24)
     snapshots = counts(node)
     assert (snapshots[0].dropped, snapshots[1].dropped) == (12, 2)
     assert all(snapshot.conserved for snapshot in snapshots)
@@ -442,7 +477,7 @@ def test_lifecycle_services_configure_activate_and_keep_the_map(start_node, clie
     assert change(3) and state() == 'active'
     points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
     points.publish(cloud(scattered(47)))
-    wait_for(lambda: node.field.num_observations == 47)
+    wait_until_folded(node, 47)
     assert change(4) and state() == 'inactive'
     assert node.field.num_observations == 47
     assert change(3) and state() == 'active'

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import pytest
 from cmanp_ros.srv import Predict
-from conftest import TIMEOUT_SEC, wait_for
+from conftest import TIMEOUT_SEC, wait_for, wait_until_folded
 from sensor_msgs.msg import PointCloud2
 from std_msgs.msg import Header
 
@@ -214,7 +214,7 @@ def center(page, id):
 def test_person_sees_the_map_and_a_click_is_answered(chromium, start_node, start_view, client):
     node = start_node(**SMALL)
     client.publisher(PointCloud2, 'points').publish(cloud()[0])
-    wait_for(lambda: node.field.num_observations == NUM_POINTS)
+    wait_until_folded(node, NUM_POINTS)
     view = start_view('--unit', 'ppm')
     with Page(chromium, view.url) as page:
         page.wait_for('document.querySelector("#facts")?.textContent')

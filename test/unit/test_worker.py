@@ -56,8 +56,8 @@ def worker_with(said):
 
 @pytest.fixture
 def worker(worker_with):
-    """Return a worker whose questions wait for no batch."""
-    return worker_with(patience_sec=0.0)
+    """Return a worker."""
+    return worker_with()
 
 
 def steps(said, name, count):
@@ -77,8 +77,8 @@ def test_long_work_goes_on_between_all_else(worker, said):
     assert said == ['answer', 'grid0', 'a', 'grid1', 'b', 'grid2']
 
 
-def test_batches_that_wait_go_together_while_there_is_patience(worker_with, said):
-    worker = worker_with(patience_sec=TIMEOUT_SEC)
+def test_batches_that_wait_go_together_and_questions_between_their_steps(worker_with, said):
+    worker = worker_with()
     worker.ask(lambda: said.append('before'))
     for names in (['a', 'b'], ['c'], ['d']):
         worker.offer(names)
@@ -86,22 +86,23 @@ def test_batches_that_wait_go_together_while_there_is_patience(worker_with, said
     worker.ask(lambda: worker.ask(lambda: said.append('after')))
     worker.start()
     grid.result(TIMEOUT_SEC)
-    # Nobody was served for ever, so questions come first; then nobody is overdue.
-    assert said == ['before', 'grid0', 'a', 'b', 'c', 'd', 'after', 'grid1']
+    said.wait_for(8)
+    # Nobody was served for ever, so questions come first; then after each step.
+    assert said == ['before', 'grid0', 'a', 'after', 'grid1', 'b', 'c', 'd']
 
 
 def test_observations_get_half_of_the_time(worker_with, said):
-    worker = worker_with(patience_sec=0.0)
+    worker = worker_with()
     worker.ask(lambda: time.sleep(0.3))
     worker.offer(['a', 'b', 'c'])
     worker.ask(lambda: worker.ask(lambda: said.append('after')))
     worker.start()
     said.wait_for(4)
-    assert said == ['a', 'b', 'c', 'after']  # though there is no patience
+    assert said == ['a', 'b', 'c', 'after']
 
 
 def test_whoever_asked_is_answered_at_once_when_no_batch_waits(worker_with, said):
-    worker = worker_with(patience_sec=1e9)
+    worker = worker_with()
     worker.start()
     for number in range(3):
         assert worker.ask(lambda number=number: number).result(TIMEOUT_SEC) == number

@@ -20,6 +20,7 @@ from cmanp_ros.core import (
 )
 from cmanp_ros.core import state as states
 from cmanp_ros.core.errors import ConfigError, StateMismatchError
+from cmanp_ros.core.world import REFRESHED_AT_ONCE
 from cmanp_ros.evaluation.seams import where_tiles_change
 from cmanp_ros.store import TileStore
 
@@ -891,6 +892,81 @@ def test_nothing_is_solved_again_before_something_changes(solved):
     again = solved()
     assert again['evidence'] == again['latents'] == 0
     assert again['posterior']  # covariances are not kept: they are larger than the states
+
+
+def test_who_cannot_wait_is_answered_from_what_was_solved_last():
+    x, y = points()
+    made, x_target = world_of(x, y), targets()
+    before = made.predict(x_target)
+    made.fold(x, y + 1.0)
+    assert_same_prediction(made.predict(x_target, renew=False), before)
+    expected = world_of(torch.cat([x, x]), torch.cat([y, y + 1.0])).predict(x_target)
+    assert_same_prediction(made.predict(x_target), expected)
+    assert (expected[0] - before[0]).abs().max() > 0.1
+
+
+def test_who_cannot_wait_still_gets_what_was_never_solved():
+    x, y = points()
+    made, x_target = world_of(x, y), targets()
+    found = made.predict(x_target, renew=False)
+    assert_same_prediction(found, made.predict(x_target), rtol=0, atol=0)
+
+
+def test_what_was_asked_for_is_refreshed_in_steps_and_nothing_else(solved):
+    x, y = points()
+    made, x_target = world_of(x, y), targets()
+    batches = made.tiles_over(x)
+    assert sorted(key for some in batches for key in some) == made.tiles.keys()
+    assert all(len(some) <= REFRESHED_AT_ONCE for some in batches)
+    for asks in (False, True, False):
+        if asks:
+            made.predict(x_target)
+        made.fold(x, y + 1.0)
+        solved()
+        for some in batches:
+            made.refresh_asked(some)
+        assert bool(solved()['posterior']) == asks
+
+
+def test_who_cannot_wait_gets_no_answer_from_before_the_last_refresh():
+    x, y = points()
+    made, x_target = world_of(x, y), targets()
+    made.predict(x_target)
+    for _ in range(2):
+        made.fold(x, y + 1.0)
+        for some in made.tiles_over(x):
+            made.refresh_asked(some)
+    found = made.predict(x_target, renew=False)  # nobody asked before the second fold
+    assert_same_prediction(found, made.predict(x_target))
+
+
+def test_tiles_that_were_paged_out_are_solved_again_wherever_they_come_back(new_store):
+    x, y = points()
+    far, x_target = x + 1000 * SIZE[2], targets()
+    made = world_of(x, y, max_tiles=len(world_of(x, y).tiles), store=new_store())
+    before, held = made.predict(x_target), set(made.tiles.keys_in_memory)
+    made.fold(far, y)
+    made.predict(far)  # in the rows that these tiles had
+    assert not held & set(made.tiles.keys_in_memory)
+    assert_same_prediction(made.predict(x_target, renew=False), before)
+
+
+@pytest.mark.parametrize('change', ['merge', 'undo', 'clear', 'load'])
+def test_nobody_is_answered_from_a_map_that_is_gone(change):
+    x, y = points()
+    made = World(model_of(), lattice(), undo_window_sec=10.0)
+    made.tiles.history.mark(0.0, made.tiles.totals)
+    made.fold(x[:30], y[:30])
+    other, x_target = world_of(x[30:], y[30:]), targets()
+    made.predict(x_target)
+    if change == 'undo':
+        made.undo(5.0, 1.0)
+    elif change == 'load':
+        made.load(*other.export(), other.num_observations)
+    else:
+        made.merge(other) if change == 'merge' else made.clear()
+    found = made.predict(x_target, renew=False)
+    assert_same_prediction(found, made.predict(x_target), rtol=0, atol=0)
 
 
 def test_only_tiles_that_a_point_touches_are_solved_again_and_those_that_take_from_them(solved):
