@@ -36,6 +36,7 @@ class Answers:
         self._node = node
         self._num_waiting = 0
         self._queries: deque[tuple[int, np.ndarray, Future]] = deque()  # ready to be answered
+        self._will_answer = False
         self._latency = Latency()
         self._prediction = node.open_publisher(Prediction, '~/prediction', QoSProfile(depth=10))
 
@@ -66,12 +67,15 @@ class Answers:
 
         def ready(x, result):
             self._queries.append((message.id, x, result))
-            node.in_background(self._answer_queries)
+            if not self._will_answer:  # else those that come meanwhile would be answered one by one
+                self._will_answer = True
+                node.in_background(self._answer_queries)
 
         self._ask(message, ready).add_done_callback(settled)
 
     def _answer_queries(self):
         """Answer all queries that wait, together: fewer calls. On the worker's thread."""
+        self._will_answer = False
         waiting = [self._queries.popleft() for _ in range(len(self._queries))]
         if not waiting:
             return
