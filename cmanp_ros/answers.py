@@ -67,7 +67,7 @@ class Answers:
 
         def ready(x, result):
             self._queries.append((message.id, x, result))
-            if not self._will_answer:  # else those that come meanwhile would be answered one by one
+            if not self._will_answer:  # once for all that come meanwhile
                 self._will_answer = True
                 node.in_background(self._answer_queries)
 

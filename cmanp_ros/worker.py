@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future
 from typing import Any
 
+LONG_SHARE = 0.2  # of the time for long work while observations wait
 ENOUGH = 100  # observations: more of them at once cost as much each
 TIMEOUT_SEC = 30.0  # that whoever asks should wait for an answer at most
 
@@ -25,8 +26,8 @@ class Worker:
     One thread, three queues.
 
     Observations that wait are folded together, in steps. Between two of these all questions are
-    answered, then long work, such as a grid, goes a step on; as seldom as observations get half of
-    the time. A few observations wait for more of them.
+    answered, as seldom as observations get half of the time, and long work, such as a grid, goes a
+    step on now and then. A few observations wait for more of them.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Worker:
         self._window_sec = window_sec
         self._offered_at = self._served_at = -float('inf')
         self._served_for = 0.0  # [s] the last time
+        self._may_go_on_at = -float('inf')  # while observations wait
         self._batches, self._questions, self._long = deque(), deque(), deque()
         self._condition = threading.Condition()  # its lock can be taken twice by one thread
         self._stopping = False
@@ -125,6 +127,8 @@ class Worker:
                 if self._stopping:
                     return
                 batches = self.clear() if self._is_due else []
+            if not batches:
+                self._may_go_on_at = -float('inf')
             if not batches or self._is_time_to_serve:
                 self._serve()
             for _ in self._fold(batches) if batches else ():
@@ -144,17 +148,18 @@ class Worker:
         return time.monotonic() - self._served_at >= self._served_for
 
     def _serve(self):
-        """Answer all that was asked until now, and go on with long work."""
+        """Answer all that was asked until now, and go on with long work if it is its turn."""
         began_at = time.monotonic()
         self._answer()  # who asks all the time holds up nobody: the questions of now
-        self._go_on()
         self._served_at = time.monotonic()
         self._served_for = self._served_at - began_at
+        if self._long and self._served_at >= self._may_go_on_at:
+            self._go_on()
+            now = time.monotonic()
+            self._may_go_on_at = now + (now - self._served_at) * (1 / LONG_SHARE - 1)
 
     def _go_on(self):
         """Take one step of the long work that waited longest."""
-        if not self._long:
-            return
         steps, future = self._long[0]
         try:
             next(steps)
