@@ -284,6 +284,7 @@ class World:
 
     def refresh(self, keys: list[Key]):
         """Solve and encode tiles that changed, which the next prediction would do otherwise."""
+        self.tiles.rows(keys)  # what faded changes now
         if self._options is not None:
             self._regress(keys)
         rows = self.tiles.rows(keys)
