@@ -6,7 +6,7 @@ from itertools import chain
 
 import pytest
 
-from cmanp_ros.worker import ENOUGH, Worker
+from cmanp_ros.worker import ENOUGH, LONG_SHARE, Worker
 
 TIMEOUT_SEC = 10.0
 
@@ -99,6 +99,24 @@ def test_observations_get_half_of_the_time(worker_with, said):
     worker.start()
     said.wait_for(4)
     assert said == ['a', 'b', 'c', 'after']
+
+
+def test_long_work_gets_a_fifth_of_the_time_while_observations_wait(worker_with):
+    worker, spans = worker_with(), []
+
+    def long():
+        for _ in range(2):
+            began = time.monotonic()
+            time.sleep(0.02)
+            spans.append((began, time.monotonic()))
+            yield
+
+    worker.offer(['a'] * 50)
+    done = worker.work(long())
+    worker.start()
+    done.result(TIMEOUT_SEC)
+    (began, ended), (again, _) = spans
+    assert again - ended >= (1 / LONG_SHARE - 1) * (ended - began)
 
 
 def test_whoever_asked_is_answered_at_once_when_no_batch_waits(worker_with, said):
