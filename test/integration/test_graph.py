@@ -10,7 +10,7 @@ from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import PointCloud2
 from std_msgs.msg import String
 
-from cmanp_ros.graph import look, look_at_clock, node_names, subscriptions
+from cmanp_ros.graph import look, look_at_clock, subscriptions
 from cmanp_ros.health import ClockView
 
 CLOUD = 'sensor_msgs/msg/PointCloud2'
@@ -107,8 +107,8 @@ def test_most_similar_name_comes_first_and_other_types_not_at_all(looker, client
 def test_own_outputs_are_not_proposed(looker, client):
     looker.create_publisher(PointCloud2, '/robot1/pointss', 7)
     client.node.create_publisher(PointCloud2, '/elsewhere', 7)
-    wait_for(lambda: look(looker, '/robot1/points', CLOUD, BEST_EFFORT).similar)
-    wait_for(lambda: '/client' in node_names(looker))
+    discovered(looker, '/robot1/pointss')
+    discovered(looker, '/elsewhere')
     view = look(looker, '/robot1/points', CLOUD, BEST_EFFORT)
     assert view.similar == ('/elsewhere',)
     view = look(looker, '/robot1/points', CLOUD, BEST_EFFORT, reader='/client')
