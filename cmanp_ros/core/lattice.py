@@ -112,16 +112,21 @@ class Lattice:
                 order = order[cell[order].argsort(stable=True)]
         return order
 
-    def neighbours(self, key: Tensor) -> tuple[Tensor, Tensor]:
+    def neighbours(self, key: Tensor, radius: float) -> tuple[Tensor, Tensor]:
         """
-        Return the tiles around each tile, itself among them.
+        Return the tiles of the same level around each tile, itself among them.
 
         :param key: (n, 1 + dim_x).
-        :return: keys (n, 3**dim_x, 1 + dim_x) and distances (3**dim_x,) in tiles.
+        :param radius: [tiles].
+        :return: keys (n, neighbours, 1 + dim_x) and distances (neighbours,) in tiles.
         """
-        steps = torch.tensor(list(product((-1, 0, 1), repeat=self.dim_x)), device=key.device)
-        around = key.unsqueeze(1) + torch.nn.functional.pad(steps, (1, 0))
-        return around, steps.double().norm(dim=-1)
+        most = int(radius)
+        steps = list(product(range(-most, most + 1), repeat=self.dim_x))
+        steps = torch.tensor(steps, device=key.device)
+        distance = steps.double().norm(dim=-1)
+        is_near = distance <= radius
+        around = key.unsqueeze(1) + torch.nn.functional.pad(steps[is_near], (1, 0))
+        return around, distance[is_near]
 
     def center(self, key: Tensor) -> Tensor:
         """Return the centers [m] of tiles (n, 1 + dim_x), (n, dim_x)."""
@@ -177,7 +182,7 @@ class OneTile:
         """Return the locations (n, dim_x) as they come; see `Lattice.order`."""
         return torch.arange(len(x), device=x.device)
 
-    def neighbours(self, key: Tensor) -> tuple[Tensor, Tensor]:
+    def neighbours(self, key: Tensor, radius: float) -> tuple[Tensor, Tensor]:
         """Return each tile alone; see `Lattice.neighbours`."""
         return key.unsqueeze(1), torch.zeros(1, dtype=torch.float64, device=key.device)
 

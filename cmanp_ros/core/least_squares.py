@@ -325,12 +325,13 @@ def posterior(
     a: LeastSquaresSums,
     e: Evidence,
     scale: Tensor,
-    log_weight: Tensor,
+    weight: Tensor,
 ) -> Regression:
     """
     Average the regression over settings, in two exact moments of the weights.
 
-    :param log_weight: (batch, settings, dim_y): log evidence, shared among tiles or not.
+    :param weight: (batch, settings, dim_y) of the settings: softmax of log evidence, of the tile
+        alone or with others.
     :return: posterior of the weights; `summary` holds the posterior means of log length, log
         noise ratio, 1 / smoothness, the spread of the first two, log amplitude over its prior,
         log(1 + effective count), and log(effective count / count).
@@ -339,7 +340,6 @@ def posterior(
     noise2_of = _noise2(config, gram)
     scale_of = variances.to(gram.device).sqrt().repeat_interleave(len(noise2_of), 0)
     noise2_of = noise2_of.repeat(len(variances))
-    weight = log_weight.softmax(1)  # (batch, settings, dim_y)
     amplitude2 = _amplitudes(config, e, scale)
 
     share = averaged(config, weight)
@@ -400,7 +400,8 @@ def solve(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums) ->
     """
     found = evidence(config, variances, a)
     scale = default_scale(config, len(a.count), a.moment.shape[-1], a.moment.device)
-    return posterior(config, variances, a, found, scale, log_evidence(config, found, scale))
+    weight = log_evidence(config, found, scale).softmax(1)
+    return posterior(config, variances, a, found, scale, weight)
 
 
 def _honest_sums(config, a):

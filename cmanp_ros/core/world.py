@@ -2,7 +2,8 @@
 A world of tiles: fold points into every tile that covers them, predict from the tiles that do.
 
 Levels of tiles fold the same points. A tile takes its hyperparameters from the evidence of its
-neighbours and itself, and the prior of its amplitude from the coarsest tiles above it.
+neighbours and itself, and the prior of its amplitude from the coarsest tiles above it; both in
+steps, or every point would have all tiles around it solved again.
 Every prediction is a function of the states alone: order, batches and paging do not matter. Who
 cannot wait for tiles to be solved is answered from those that were solved last (`renew=False`).
 """
@@ -23,7 +24,10 @@ from cmanp_ros.core.model import CMANP, Decoded, Prior
 from cmanp_ros.core.state import State, concatenate, merge
 from cmanp_ros.core.tiles import Key, Tiles, keys_of
 
-SHARING = 0.5  # weight of a neighbour's evidence, to the power of its distance in tiles
+SHARE_OF_NEIGHBOURS = 4.0  # weight of their evidence, all together; that of the tile itself is 1
+NEAR = 1.75  # [tiles] neighbours: those that overlap
+NEAR_FINEST = 3.5, 2.0  # of the finest level, where points are few: in a plane; in a volume
+WEIGHT_STEP = 1 / 4  # of the weights of hyperparameters, relative to the largest
 SCALE_STEP = 0.25  # of the log of the amplitude's prior scale
 AT_ONCE = 1 << 13  # points or targets times tiles: bounds the memory of one step, fits in caches
 FEW = 1 << 12  # pairs, padded ones included, that go together whatever their tiles
@@ -433,13 +437,13 @@ class World:
             scale = self._amplitude_prior(members, amplitude)
             place = {key: i for i, key in enumerate(members)}
             center = torch.tensor([place[key] for key in solved], dtype=torch.int64)
-            shared = self._shared_evidence(solved, place, self._log_evidence(members, scale))
+            weight = self._weights(solved, place, self._log_evidence(members, scale))
             rows, scale = self.tiles.rows(solved), scale[center]
             own = Evidence(*self._evidence.get(rows))
-            means = least_squares.amplitude(self._options, own, scale, shared.softmax(1))
+            means = least_squares.amplitude(self._options, own, scale, weight)
             amplitude |= zip(solved, means, strict=True)
             chosen = torch.tensor([key in wanted for key in solved], dtype=torch.bool)
-            found.append((rows[chosen], scale[chosen], shared[chosen]))
+            found.append((rows[chosen], scale[chosen], weight[chosen]))
         self._solve(*map(torch.cat, zip(*found, strict=True)))
         self._solved.update(keys)
         self._solved_at = self.tiles.num_changes
@@ -464,39 +468,42 @@ class World:
                 above += self._above(members)[2]
         return needed
 
-    def _shared_evidence(self, solved, place, own):
+    def _weights(self, solved, place, own):
         """
-        Return the log evidence (tiles, settings, dim_y) of tiles and their neighbours.
+        Return the weights (tiles, settings, dim_y) of hyperparameters: by evidence, in steps.
 
         :param place: where each tile's own evidence lies in `own`.
         """
         near, distance = self._neighbours(solved)
         names = keys_of(near.flatten(0, 1))
         index = torch.tensor([place.get(key, -1) for key in names]).view(near.shape[:2])
-        share = torch.where(index >= 0, SHARING**distance, 0.0)
-        return torch.einsum('tn,tnso->tso', share, own[index.clamp(min=0)])
+        share = min(1.0, SHARE_OF_NEIGHBOURS / max(1, len(distance) - 1))
+        share = torch.where(distance > 0, share, 1.0).double() * (index >= 0)
+        total = torch.einsum('tn,tnso->tso', share, own[index.clamp(min=0)])
+        if len(distance) == 1:
+            return total.softmax(1)
+        steps = ((total - total.amax(1, keepdim=True)).exp() / WEIGHT_STEP).round()
+        return steps / steps.sum(1, keepdim=True)
 
-    def _solve(self, rows, scale, log_weight):
+    def _solve(self, rows, scale, weight):
         """Solve the regressions of tiles whose sums or hyperparameters changed."""
-        inputs = torch.cat([scale.unsqueeze(1), log_weight], 1).flatten(1)
+        inputs = torch.cat([scale.unsqueeze(1), weight], 1).flatten(1)
         version = torch.cat([self.tiles.version(rows).unsqueeze(1).double(), inputs], 1)
         is_stale = self._regression.is_stale(rows, version)
         for part in _some(is_stale.nonzero()[:, 0], SOLVED_AT_ONCE):
-            some, hyperparameters = rows[part], (scale[part], log_weight[part])
+            some, hyperparameters = rows[part], (scale[part], weight[part])
             *marginal, _ = self._posterior(some, *hyperparameters)
             self._regression.put(some, (*marginal, *hyperparameters), version[part])
 
     def _regression_of(self, rows):
         """Return solved regressions with their covariances, which are not kept: too large."""
-        *_, scale, log_weight = self._regression.get(rows)
-        return self._posterior(rows, scale, log_weight)
+        *_, scale, weight = self._regression.get(rows)
+        return self._posterior(rows, scale, weight)
 
-    def _posterior(self, rows, scale, log_weight):
+    def _posterior(self, rows, scale, weight):
         sums = self.tiles.state(rows).least_squares
         found = Evidence(*self._evidence.get(rows))
-        return least_squares.posterior(
-            self._options, self._variances, sums, found, scale, log_weight
-        )
+        return least_squares.posterior(self._options, self._variances, sums, found, scale, weight)
 
     def _find_evidence(self, rows):
         for stale in _some(self._evidence.stale(rows, self.tiles.version(rows)), SOLVED_AT_ONCE):
@@ -523,14 +530,15 @@ class World:
         logs = torch.stack([amplitude[names[i]] for i in known]).log()
         total = torch.zeros(shape, dtype=torch.float64).index_add_(0, index, window * logs)
         weight = torch.zeros(shape[0], 1, dtype=torch.float64).index_add_(0, index, window)
-        # In steps, or every point would have every tile below its own solved again.
         steps = ((total / weight) / SCALE_STEP).round()
         scale = (self._options.amplitude_shape - 1) * (steps * SCALE_STEP).exp()
         return torch.where(weight > 0, scale, default)
 
     def _neighbours(self, keys):
+        """Return the neighbours of tiles of one level: see `Lattice.neighbours`."""
         key = torch.tensor(keys, dtype=torch.int64).view(-1, 1 + self.geometry.dim_x)
-        return self.geometry.neighbours(key)
+        finest = NEAR_FINEST[self.geometry.dim_x > 2]
+        return self.geometry.neighbours(key, finest if keys[0][0] == 0 else NEAR)
 
     def _above(self, keys):
         """

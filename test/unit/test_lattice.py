@@ -9,6 +9,7 @@ import torch
 
 from cmanp_ros.core.errors import ConfigError
 from cmanp_ros.core.lattice import FARTHEST, LEAST_WINDOW, Lattice, OneTile, check_bounds, geometry
+from cmanp_ros.core.world import NEAR
 
 N, NUM_LEVELS, FACTOR = 19, 3, 3
 SIZE = {1: 0.7, 2: 1.3, 3: 2.1}  # [m]: no binary fraction
@@ -222,25 +223,25 @@ def test_the_center_of_a_tile_is_the_origin_of_its_coordinates(dim):
 
 
 @DIMS
-def test_neighbours_are_the_tiles_one_step_away(dim):
+@pytest.mark.parametrize('radius', [0.9, 1.0, 1.75, 3.5])
+def test_neighbours_are_the_tiles_within_a_radius(dim, radius):
     keys = torch.tensor([[1, *range(-1, dim - 1)], [0, *range(5, 5 + dim)]])
-    around, distance = lattice(dim).neighbours(keys)
-    assert around.shape == (2, 3**dim, 1 + dim) and distance.shape == (3**dim,)
+    around, distance = lattice(dim).neighbours(keys, radius)
+    steps = np.array(list(product(range(-4, 5), repeat=dim)))
+    steps = steps[np.linalg.norm(steps, axis=1) <= radius]
     for key, near in zip(keys.tolist(), around.tolist(), strict=True):
-        assert len(set(map(tuple, near))) == 3**dim
-        for other, apart in zip(near, distance.tolist(), strict=True):
-            step = np.subtract(other, key)
-            assert step[0] == 0 and np.abs(step).max() <= 1
-            assert apart == pytest.approx(np.linalg.norm(step), abs=1e-12)
-        assert near[distance.tolist().index(0)] == key
+        expected = {(key[0], *np.add(key[1:], step).tolist()) for step in steps}
+        assert set(map(tuple, near)) == expected and len(near) == len(expected)
+        apart = np.linalg.norm(np.subtract(near, key), axis=1)
+        np.testing.assert_allclose(distance.numpy(), apart, atol=1e-12)
 
 
 @DIMS
-def test_neighbours_are_those_that_overlap(dim):
+def test_near_neighbours_are_those_that_overlap(dim):
     """What overlaps by a corner is a neighbour, and nothing else is."""
     grid = lattice(dim)
     key = torch.tensor([[0, *[3] * dim]])
-    near = {tuple(k) for k in grid.neighbours(key)[0][0].tolist()}
+    near = {tuple(k) for k in grid.neighbours(key, NEAR)[0][0].tolist()}
     reach = torch.tensor(list(product((-0.999, 0.999), repeat=dim)), dtype=torch.float64)
     corners = grid.center(key) + reach * SIZE[dim]
     assert near == {tuple(k) for k in grid.cover(corners, 0).key.tolist()}
@@ -334,7 +335,7 @@ def test_one_tile_contains_its_workspace_with_the_border(dim):
 def test_one_tile_has_one_level_no_neighbours_and_any_order(dim):
     tile, key = one_tile(dim), torch.zeros(1, 1 + dim, dtype=torch.int64)
     assert tile.num_levels == 1 and tile.dim_x == dim
-    around, distance = tile.neighbours(key)
+    around, distance = tile.neighbours(key, 3.5)
     assert torch.equal(around, key.unsqueeze(1)) and distance.tolist() == [0]
     assert torch.equal(tile.order(points(dim)), torch.arange(N))
 

@@ -446,7 +446,8 @@ def test_shared_evidence_averages_dense_gps_whose_amplitudes_are_their_own(dim_x
     share = torch.tensor([[1.0, 0.5, 0.3], [0.2, 1.0, 0.0], [0.7, 0.1, 1.0]]).double()
     shared = torch.einsum('tn,nso->tso', share, own)  # of each row with those beside it
     config = dataclasses.replace(config, num_averaged=12)
-    regression = least_squares.posterior(config, variances, folded, found, scale, shared)
+    weight = shared.softmax(1)
+    regression = least_squares.posterior(config, variances, folded, found, scale, weight)
     mean, _ = least_squares.predict(config, regression, x_target)
     covariance = least_squares.joint_covariance(config, regression, x_target)
     for (row, output), oracles in gps.items():
@@ -473,7 +474,8 @@ def test_a_tile_on_its_own_has_its_own_evidence_and_the_default_amplitude_prior(
     scale = least_squares.default_scale(config, BATCH, DIM_Y)
     assert scale.tolist() == [[config.amplitude_scale] * DIM_Y] * BATCH
     own = least_squares.log_evidence(config, found, scale)
-    expected = least_squares.posterior(config, variances, folded, found, scale, own)
+    weight = own.softmax(1)
+    expected = least_squares.posterior(config, variances, folded, found, scale, weight)
     regression = least_squares.solve(config, variances, folded)
     for part, other in zip(regression, expected, strict=True):
         assert torch.equal(part, other)
@@ -487,7 +489,7 @@ def test_values_and_amplitude_prior_in_other_units_give_the_same_prediction_in_t
         variances, folded, found = evidence_of(config, x, unit * y)
         own = least_squares.log_evidence(config, found, unit**2 * scale)
         regression = least_squares.posterior(
-            config, variances, folded, found, unit**2 * scale, own
+            config, variances, folded, found, unit**2 * scale, own.softmax(1)
         )
         mean, variance = least_squares.predict(config, regression, x_target)
         noise = regression.noise_variance

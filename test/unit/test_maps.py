@@ -127,7 +127,7 @@ def test_a_loaded_map_takes_the_place_of_another_in_the_store_too(directory, tmp
     saved.half_life_sec = 10.0
     saved.forget(7.0)
     directory.save(saved, 'a', PROVENANCE)
-    field = observed(5, 6, path=tmp_path if paged else None, max_tiles=37 if paged else 2048)
+    field = observed(5, 6, path=tmp_path if paged else None, max_tiles=41 if paged else 2048)
     field.predict(walk(0)[0])
     version = field.version
     field.replace_with(directory.load('a', field)[0])

@@ -41,7 +41,7 @@ def field_of(path=None, max_tiles=2048, window=WINDOW):
 
 def make(paged, tmp_path):
     """Return a map that keeps all its tiles in memory, or few of them."""
-    return field_of(tmp_path, max_tiles=37) if paged else field_of()
+    return field_of(tmp_path, max_tiles=53) if paged else field_of()
 
 
 def walk(i, count=13):

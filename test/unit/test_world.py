@@ -463,7 +463,7 @@ class Oracle:
             key: least_squares.evidence(self.options, self.variances, own)
             for key, own in self.sums.items()
         }
-        self.scale, self.shared, self.amplitude = {}, {}, {}
+        self.scale, self.weight, self.amplitude = {}, {}, {}
         for level in reversed(range(self.grid.num_levels)):
             own = {key: self._log_evidence(key) for key in keys if key[0] == level}
             for key in own:
@@ -475,12 +475,17 @@ class Oracle:
         return own - own.mean(1, keepdim=True)
 
     def _share(self, key, own):
-        steps = list(product((-1, 0, 1), repeat=self.grid.dim_x))
-        near = [(key[0], *np.add(key[1:], step).tolist()) for step in steps]
-        weights = [world.SHARING ** np.linalg.norm(step) for step in steps]
-        self.shared[key] = sum(w * own[k] for w, k in zip(weights, near, strict=True) if k in own)
+        finest = 3.5 if self.grid.dim_x < 3 else 2.0
+        reach = finest if key[0] == 0 else 3**0.5 + 0.01  # [tiles]
+        steps = np.array(list(product(range(-3, 4), repeat=self.grid.dim_x)))
+        steps = steps[np.linalg.norm(steps, axis=1) <= reach]
+        others = [(key[0], *np.add(key[1:], step).tolist()) for step in steps if step.any()]
+        weight = min(1, world.SHARE_OF_NEIGHBOURS / len(others))
+        total = own[key] + weight * sum(own[other] for other in others if other in own)
+        steps = (total.sub(total.amax(1)).exp() / world.WEIGHT_STEP).round()
+        self.weight[key] = steps / steps.sum(1)
         self.amplitude[key] = least_squares.amplitude(
-            self.options, self.evidence[key], self.scale[key], self.shared[key].softmax(1)
+            self.options, self.evidence[key], self.scale[key], self.weight[key]
         )
 
     def _scale(self, key):
@@ -504,7 +509,7 @@ class Oracle:
             self.sums[key],
             self.evidence[key],
             self.scale[key],
-            self.shared[key],
+            self.weight[key],
         )
 
 
@@ -892,6 +897,22 @@ def test_nothing_is_solved_again_before_something_changes(solved):
     again = solved()
     assert again['evidence'] == again['latents'] == 0
     assert again['posterior']  # covariances are not kept: they are larger than the states
+
+
+def test_one_more_point_has_its_own_tiles_solved_again_and_hardly_others(solved):
+    """Evidence and amplitudes around it change a little; what they decide rarely does."""
+    x, y = points(n=400)
+    made = world_of(x, y)
+    made.predict(x)
+    num_tiles, own = solved()['posterior'], NUM_LEVELS * 2**2
+    again = []
+    for i in range(9):
+        made.fold(x[i : i + 1] + 0.01, y[i : i + 1])
+        made.predict(x)
+        cost = solved()
+        assert cost['evidence'] == own
+        again.append(cost['posterior'])
+    assert np.mean(again) < 1.5 * own < num_tiles / 3
 
 
 def test_who_cannot_wait_is_answered_from_what_was_solved_last():
