@@ -179,15 +179,15 @@ ONE_TILE = LeastSquaresConfig(
     functions_per_axis=16,
     box_half_width=2.5,
     smoothnesses=(2.5, inf),
-    lengths=(0.22, 0.32, 0.48, 0.7, 1.03, 1.5),
-    noise_ratios=(0.02, 0.04, 0.08, 0.16, 0.32, 0.64),
+    lengths=(0.24, 0.3, 0.38, 0.48, 0.6, 0.76, 0.96, 1.2, 1.5),
+    noise_ratios=(0.02, 0.03, 0.045, 0.067, 0.1, 0.15, 0.225, 0.34, 0.5, 0.7),
     amplitude_shape=4.0,
     amplitude_scale=1.5,
     offset_variance=0.0,
     slope_variance=0.0,
     voxels_per_axis=24,
     points_per_voxel=1e9,
-    num_averaged=24,
+    num_averaged=60,
     averaged_weight=1.0,
 )
 """What the prior says, as far as 16 functions per axis can: chosen on draws of other seeds."""
