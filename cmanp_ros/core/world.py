@@ -480,7 +480,7 @@ class World:
         share = min(1.0, SHARE_OF_NEIGHBOURS / max(1, len(distance) - 1))
         share = torch.where(distance > 0, share, 1.0).double() * (index >= 0)
         total = torch.einsum('tn,tnso->tso', share, own[index.clamp(min=0)])
-        if len(distance) == 1:
+        if len(distance) == 1:  # no neighbours: none would be solved again
             return total.softmax(1)
         steps = ((total - total.amax(1, keepdim=True)).exp() / WEIGHT_STEP).round()
         return steps / steps.sum(1, keepdim=True)

@@ -5,10 +5,12 @@ A folder holds one training: `settings.json` (its recipe), `last.safetensors` (t
 `model.safetensors` and `best.safetensors` (to predict with), `log.csv`.
 """
 
+import atexit
 import csv
 import json
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -81,7 +83,7 @@ def train(
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
         multiprocessing_context='spawn' if num_workers else None,
-        worker_init_fn=_ignore_ctrl_c,
+        worker_init_fn=_set_up_worker,
     )
     board = _tensorboard(folder) if is_first else None
     model.train()
@@ -153,8 +155,16 @@ def _new_model(recipe):
     return model
 
 
-def _ignore_ctrl_c(_):
+def _set_up_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to workers, too
+    atexit.register(_let_threads_end)
+
+
+def _let_threads_end(seconds=1.0):
+    """Give queues time: a thread that the end of Python meets within C++ may abort the process."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            thread.join(seconds)
 
 
 def _batches(recipe, folder, is_held_out, draw):

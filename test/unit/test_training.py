@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import socket
+import threading
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from math import sqrt
@@ -965,3 +967,13 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path, monkeypatch):
     message = '^batch_size is 4, expected a multiple of the 3 processes$'
     with pytest.raises(ConfigError, match=message):
         train(map_recipe(), tmp_path)
+
+
+def test_a_worker_lets_its_threads_end_and_does_not_wait_for_ever():
+    ended, never = threading.Event(), threading.Event()
+    threading.Thread(target=lambda: (time.sleep(0.05), ended.set()), daemon=True).start()
+    blocked = threading.Thread(target=never.wait, daemon=True)
+    blocked.start()
+    loop._let_threads_end(0.2)
+    assert ended.is_set() and blocked.is_alive()
+    never.set()
