@@ -26,7 +26,7 @@ from cmanp_ros.core.tiles import Key, Tiles, keys_of
 
 SHARE_OF_NEIGHBOURS = 4.0  # weight of their evidence, all together; that of the tile itself is 1
 NEAR = 1.75  # [tiles] neighbours: those that overlap
-NEAR_FINEST = 3.5, 2.0  # of the finest level, where points are few: in a plane; in a volume
+NEAR_FINEST = {1: 3.5, 2: 3.5, 3: 2.0}  # by dim_x: tiles of the finest level have few points
 WEIGHT_STEP = 1 / 4  # of the weights of hyperparameters, relative to the largest
 SCALE_STEP = 0.25  # of the log of the amplitude's prior scale
 AT_ONCE = 1 << 13  # points or targets times tiles: bounds the memory of one step, fits in caches
@@ -477,8 +477,8 @@ class World:
         near, distance = self._neighbours(solved)
         names = keys_of(near.flatten(0, 1))
         index = torch.tensor([place.get(key, -1) for key in names]).view(near.shape[:2])
-        share = min(1.0, SHARE_OF_NEIGHBOURS / max(1, len(distance) - 1))
-        share = torch.where(distance > 0, share, 1.0).double() * (index >= 0)
+        share = (index >= 0).double()
+        share[:, distance > 0] *= min(1.0, SHARE_OF_NEIGHBOURS / max(1, len(distance) - 1))
         total = torch.einsum('tn,tnso->tso', share, own[index.clamp(min=0)])
         if len(distance) == 1:  # no neighbours: none would be solved again
             return total.softmax(1)
@@ -537,8 +537,8 @@ class World:
     def _neighbours(self, keys):
         """Return the neighbours of tiles of one level: see `Lattice.neighbours`."""
         key = torch.tensor(keys, dtype=torch.int64).view(-1, 1 + self.geometry.dim_x)
-        finest = NEAR_FINEST[self.geometry.dim_x > 2]
-        return self.geometry.neighbours(key, finest if keys[0][0] == 0 else NEAR)
+        radius = NEAR_FINEST[self.geometry.dim_x] if keys[0][0] == 0 else NEAR
+        return self.geometry.neighbours(key, radius)
 
     def _above(self, keys):
         """

@@ -124,6 +124,8 @@ def test_a_half_life_is_announced():
 @pytest.mark.parametrize('paged', [False, True], ids=['in memory', 'with a store'])
 def test_a_loaded_map_takes_the_place_of_another_in_the_store_too(directory, tmp_path, paged):
     saved = observed(0, 1, 2)
+    x, y = walk(0)
+    saved.observe(x + 500.0, y)  # or all tiles fit in memory
     saved.half_life_sec = 10.0
     saved.forget(7.0)
     directory.save(saved, 'a', PROVENANCE)

@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import threading
-import time
 from dataclasses import replace
 from importlib.util import find_spec
 from math import sqrt
@@ -945,9 +944,11 @@ def test_two_processes_train_as_one_does_with_the_whole_batch(tmp_path, in_two_p
             assert (held_out is None) == (other is None)
             assert held_out is None or held_out == pytest.approx(other, rel=1e-4, abs=1e-5)
     found, expected = trained_weights(in_two_processes / name), trained_weights(tmp_path)
-    apart = torch.cat([(found[w] - expected[w]).abs().flatten() for w in expected])
-    assert (apart > 1e-4).float().mean() < 1e-3  # Adam: where the gradient is 0, rounding decides
-    assert apart.max() < 5e-4
+    if name == 'worlds':  # adding to the log weight of all tiles changes nothing: no gradient,
+        for weights in (found, expected):  # and Adam makes steps of what rounding leaves
+            weights['predictor.2.bias'][2] = 0.0
+    for weight in expected:
+        torch.testing.assert_close(found[weight], expected[weight], rtol=1e-4, atol=1e-4)
     torch.manual_seed(0)
     start = CMANP(SPREAD[name].model).state_dict()
     moved = max((expected[weight] - start[weight]).abs().max() for weight in expected)
@@ -971,7 +972,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path, monkeypatch):
 
 def test_a_worker_lets_its_threads_end_and_does_not_wait_for_ever():
     ended, never = threading.Event(), threading.Event()
-    threading.Thread(target=lambda: (time.sleep(0.05), ended.set()), daemon=True).start()
+    threading.Timer(0.05, ended.set).start()
     blocked = threading.Thread(target=never.wait, daemon=True)
     blocked.start()
     loop._let_threads_end(0.2)
