@@ -24,6 +24,7 @@ from pathlib import Path
 
 MAX_DOMAIN_ID = 100
 LOCK_PORT = 32768  # as domain_coordinator of ROS has it: tests that use it keep away
+MAX_PARTICIPANTS = 120  # of a domain on one machine: the next ports are those of the next domain
 STOP_SEC = 5.0
 FOREIGN = ('ROS_NAMESPACE', 'ROS_STATIC_PEERS', 'ROS_DISCOVERY_SERVER', 'ROS_LOCALHOST_ONLY')
 _PR_SET_PDEATHSIG = 1
@@ -170,12 +171,15 @@ def environment(domain_id: int) -> dict[str, str]:
 
 
 def _is_silent(domain_id):
-    """Tell whether no DDS participant of this machine has the first port of a domain."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind(('', 7400 + 250 * domain_id + 10))  # RTPS 2.5, 9.6.2.3
-        except OSError:
-            return False
+    """Tell whether no DDS participant of this machine has a port of its own in a domain."""
+    for participant in range(MAX_PARTICIPANTS):  # the first may have left, and others stayed
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.bind(
+                    ('', 7400 + 250 * domain_id + 10 + 2 * participant)
+                )  # RTPS 2.5, 9.6.2.3
+            except OSError:
+                return False
     return True
 
 

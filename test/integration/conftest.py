@@ -1,5 +1,7 @@
 """A real node and a real client over Fast DDS, each in a context of its own, in its own domain."""
 
+import gc
+import os
 import threading
 import time
 
@@ -8,6 +10,8 @@ import pytest
 from cmanp_ros.demo.processes import own_domain
 
 TIMEOUT_SEC = 20.0
+# Another computer on the network may run the same tests, in the same domain, with the same names.
+os.environ['ROS_AUTOMATIC_DISCOVERY_RANGE'] = 'LOCALHOST'
 
 
 @pytest.fixture
@@ -15,6 +19,7 @@ def domain_id():
     """Return a domain that nobody else uses, not even a test in another process."""
     with own_domain() as domain_id:
         yield domain_id
+        gc.collect()  # rclpy keeps lifecycle nodes on the network until then, even destroyed ones
 
 
 @pytest.fixture

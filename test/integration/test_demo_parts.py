@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -391,6 +392,15 @@ def test_domains_of_two_demos_differ():
         assert first != second
     with processes.own_domain(83) as given:
         assert given == 83
+
+
+def test_domain_with_a_participant_left_is_not_taken(monkeypatch):
+    monkeypatch.setattr(processes, 'MAX_DOMAIN_ID', 1)
+    for participant in (0, 3, processes.MAX_PARTICIPANTS - 1):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as left:
+            left.bind(('', 7400 + 250 + 10 + 2 * participant))
+            with pytest.raises(OSError, match='every ROS domain'), processes.own_domain():
+                pass
 
 
 def test_children_talk_only_within_this_machine(monkeypatch):

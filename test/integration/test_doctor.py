@@ -110,7 +110,8 @@ def test_no_node(client, examine):
     report = examine()
     assert report.status == 1
     assert '[no_node]' in report.last and 'ros2 launch' in report.last
-    assert f'ROS_DOMAIN_ID {client.node.context.get_domain_id()}' in report.line('ROS')[1]
+    assert f'ROS_DOMAIN_ID {client.node.context.get_domain_id()}' in str(report)
+    assert 'other computers are not seen' in str(report)  # see conftest
 
 
 def test_no_node_here_but_in_another_namespace(start_node, examine):
