@@ -148,7 +148,7 @@ def _field(generator, x):
     if chance(0.15):  # ridges
         field = field.abs()
     if chance(0.15):  # heavy tails, as of concentrations
-        field = (uniform(0.3, 1.2) * field).exp()
+        field = (uniform(0.3, 1.2) * field).clamp(max=30.0).exp()  # rough ones overflow
     if chance(0.45):  # hills and seamounts
         for _ in range(int(log_uniform(1, 12))):
             center = x[torch.randint(0, n, (1,), generator=generator)]
