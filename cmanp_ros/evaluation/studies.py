@@ -99,12 +99,15 @@ def tracks(
 
     :param methods: name -> function that makes an empty map; `peers.for_stream` has some.
     :param limit: soundings to use; None: all.
-    :return: two rows for each method: one for all soundings, and one without those that repeat an
-        earlier one exactly, see `tracks.repeats`. All are predicted and folded in any case.
+    :return: rows for each method: for all soundings, without those that repeat an earlier one
+        exactly (see `tracks.repeats`), and without `tracks.BLUNDER` if it is among them. All are
+        predicted and folded in any case.
     """
     x, y = (values[:limit] for values in track_data.soundings())
     cache = cache_dir and Cache(cache_dir)
-    is_new = ~track_data.repeats(x, y)
+    chosen = {'all': np.full(len(y), True), 'no repeats': ~track_data.repeats(x, y)}
+    if len(y) > track_data.BLUNDER:
+        chosen['no blunder'] = np.arange(len(y)) != track_data.BLUNDER
     for name, make in methods.items():
         key = Key('tracks', 0, len(y), f'batch-{batch}', name, 0)
         use = cache if name in cached else None
@@ -113,7 +116,7 @@ def tracks(
             found = track_data.stream(make(), x, y, batch)._asdict()
             if use:
                 use.store(key, y, **found)
-        for kind, scored in (('all', slice(None)), ('no repeats', is_new)):
+        for kind, scored in chosen.items():
             yield {
                 'study': 'tracks',
                 'num_context': len(y),

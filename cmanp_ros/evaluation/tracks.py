@@ -9,6 +9,7 @@ import numpy as np
 
 EARTH_RADIUS_KM = 6371.0
 FILE = Path(__file__).parent / 'data' / 'baja-bathymetry.csv.xz'
+BLUNDER = 78_708  # sounding of 5,817 m between those of 55 m before and after it
 
 
 def soundings() -> tuple[np.ndarray, np.ndarray]:

@@ -527,6 +527,19 @@ def test_the_track_study_scores_streams_and_caches_what_is_asked_for(tmp_path):
     assert len(made) == 1
 
 
+def test_tracks_are_also_scored_without_the_sounding_that_is_a_blunder(monkeypatch):
+    x, y = tracks.soundings()
+    number = tracks.BLUNDER
+    assert y[number] < -5 and max(abs(y[number - 1] + 0.055), abs(y[number + 1] + 0.057)) < 1e-3
+    monkeypatch.setattr(tracks, 'soundings', lambda: (x[number - 300 :], y[number - 300 :]))
+    monkeypatch.setattr(tracks, 'BLUNDER', 300)
+    rows = studies.tracks({'nearest': lambda: peers.NearestValue(-2.4, 1.2)}, limit=330)
+    found = {row['kind']: row for row in rows}
+    assert list(found) == ['all', 'no repeats', 'no blunder']
+    squares = 330 * found['all']['rmse'][0] ** 2 - 329 * found['no blunder']['rmse'][0] ** 2
+    assert abs(squares**0.5 - 5.76) < 0.1
+
+
 def test_peers_for_a_stream_are_fitted_when_they_are_made():
     kernel = Kernel(1.5, 30.0, 1.0, 0.1)
     x, y, x_target = survey(kernel, num=211, num_target=17, width=150.0)
