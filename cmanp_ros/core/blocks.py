@@ -71,9 +71,9 @@ def mlp(dim_in, dim_hidden, dim_out, depth):
     """
     Return `depth` linear layers with ReLU between them.
     """
-    layers = [nn.Linear(dim_in, dim_hidden), nn.ReLU()]
+    layers = [nn.Linear(dim_in, dim_hidden), nn.ReLU(inplace=True)]
     for _ in range(depth - 2):
-        layers += [nn.Linear(dim_hidden, dim_hidden), nn.ReLU()]
+        layers += [nn.Linear(dim_hidden, dim_hidden), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(dim_hidden, dim_out))
 
 
@@ -105,7 +105,7 @@ class FeedForward(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         n = self.norm(u)
         value, gate = self.wide(n).chunk(2, -1)
-        return self.narrow(value * F.gelu(gate)) + n
+        return self.narrow(F.gelu(gate).mul_(value)).add_(n)
 
 
 class Attention(nn.Module):
@@ -145,7 +145,7 @@ class Attention(nn.Module):
         )
         read = join_heads(F.scaled_dot_product_attention(q, key, value))
         read = read.view_as(n) if mask is None else read[mask]
-        return self.to_out(read) + n
+        return self.to_out(read).add_(n)
 
 
 class Integration(nn.Module):

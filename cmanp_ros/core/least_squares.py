@@ -16,7 +16,7 @@ from torch import Tensor
 from cmanp_ros.core import basis
 from cmanp_ros.core.config import LeastSquaresConfig
 from cmanp_ros.core.lattice import HALF_WIDTH
-from cmanp_ros.core.linalg import cholesky
+from cmanp_ros.core.linalg import OVERSAMPLING, cholesky, low_rank
 
 
 class LeastSquaresSums(NamedTuple):
@@ -201,6 +201,7 @@ def forget(a: LeastSquaresSums, factor: float) -> LeastSquaresSums:
 
 NUM_SUMMARIES = 8
 MATRICES_AT_ONCE = 16  # that are factorized together: they fit in caches
+FEW = 32  # points of a tile, whose covariance is factorized in place of that of all weights
 FAR_MORE = 8.0  # times the median number of points in a voxel
 
 
@@ -234,27 +235,72 @@ def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums)
     :param variances: (num_kernels, num_functions) of `prior_variances`.
     """
     gram, moment, sum_squares, count, _ = _honest_sums(config, a)
-    scales, noise2 = variances.to(gram.device).sqrt(), _noise2(config, gram)
-    parts = []
-    for some in torch.arange(len(gram)).split(max(1, MATRICES_AT_ONCE // len(noise2))):
-        kernels = [_solve(gram[some], moment[some], scale, noise2) for scale in scales]
-        parts.append([torch.cat(part, 1) for part in zip(*kernels, strict=True)])
-    explained, log_determinant = (torch.cat(part) for part in zip(*parts, strict=True))
-    noise2 = noise2.repeat(len(scales))
+    variances, noise2 = variances.to(gram.device), _noise2(config, gram)
+    shape = len(gram), len(variances) * len(noise2)
+    explained, log_determinant = gram.new_empty(*shape, moment.shape[-1]), gram.new_empty(shape)
+    few, *factors = _few(a, gram, moment)
+    for is_few, solve, sums_of, at_once in (
+        (True, _solve_few, factors, MATRICES_AT_ONCE),
+        (False, _solve, (gram, moment), max(1, MATRICES_AT_ONCE // len(noise2))),
+    ):
+        for some in (few == is_few).nonzero()[:, 0].split(at_once):
+            own = [part[some] for part in sums_of]
+            kernels = [solve(*own, variance, noise2) for variance in variances]
+            explained[some], log_determinant[some] = (
+                torch.cat(part, 1) for part in zip(*kernels, strict=True)
+            )
+    noise2 = noise2.repeat(len(variances))
     left = (sum_squares.unsqueeze(1) - explained) / noise2.unsqueeze(-1)
-    shrunk = gram.shape[-1] / 2 * noise2.log()  # of the weights, in units of their prior
-    log_determinant = log_determinant - shrunk + noise2.log() * (count / 2).unsqueeze(1)
+    log_determinant = log_determinant + noise2.log() * (count / 2).unsqueeze(1)
     return Evidence(left.clamp(min=0) / 2, log_determinant, count)
 
 
-def _solve(gram, moment, scale, noise2):
+def _few(a, gram, moment):
+    """
+    Return which tiles have fewer points than are worth a system of all weights.
+
+    :return: (batch,) bool; and of these, of others 0, R (batch, m, num_functions) with
+        gram = R^T R, and z (batch, m, dim_y) with moment = R^T z, see `low_rank`.
+    """
+    size = FEW + OVERSAMPLING
+    few = (a.count <= FEW) & (gram.shape[-1] > size)
+    rows = gram.new_zeros(len(gram), size, gram.shape[-1])
+    right = moment.new_zeros(len(gram), size, moment.shape[-1])
+    if few.any():
+        rows[few], right[few], holds = low_rank(gram[few], moment[few], FEW)
+        few[few.clone()] = holds
+    return few, rows, right
+
+
+def _solve(gram, moment, variance, noise2):
     """
     Return squares explained (batch, noises, dim_y), and half log determinants (batch, noises).
+
+    :param variance: (num_functions,) of the weights.
     """
+    scale = variance.sqrt()
     factor = _factor(gram.unsqueeze(1).expand(-1, len(noise2), -1, -1), scale, noise2)
     rhs = (moment * scale.unsqueeze(-1)).unsqueeze(1).expand(-1, len(noise2), -1, -1)
     half = torch.linalg.solve_triangular(factor, rhs, upper=False)
-    return half.square().sum(-2), factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return half.square().sum(-2), _half_log_determinant(factor, noise2)
+
+
+def _solve_few(rows, right, variance, noise2):
+    """
+    Return the same of sums given by their factors, see `_few`.
+    """
+    inner = (rows * variance) @ rows.mT
+    factor = _noisy_factor(inner.unsqueeze(1).repeat(1, len(noise2), 1, 1), noise2)
+    rhs = right.unsqueeze(1).expand(-1, len(noise2), -1, -1)
+    half = torch.linalg.solve_triangular(factor, rhs, upper=False)
+    explained = right.square().sum(1).unsqueeze(1) - noise2.unsqueeze(1) * half.square().sum(-2)
+    return explained, _half_log_determinant(factor, noise2)
+
+
+def _half_log_determinant(factor, noise2):
+    """Return half the log determinant of (batch, noises, n, n), less that of the noise alone."""
+    logs = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return logs - factor.shape[-1] / 2 * noise2.log()
 
 
 def _noise2(config, like):
@@ -271,8 +317,15 @@ def _factor(gram, scale, noise2):
     :param gram: (..., functions, functions), scale (..., functions), noise2 (...).
     """
     precision = gram * (scale.unsqueeze(-1) * scale.unsqueeze(-2))
-    precision.diagonal(dim1=-2, dim2=-1).add_(noise2.unsqueeze(-1))
-    return cholesky(precision)
+    return _noisy_factor(precision, noise2)
+
+
+def _noisy_factor(matrix, noise2):
+    """
+    Return the Cholesky factor of matrices (..., n, n), which it changes, plus noise2 (...).
+    """
+    matrix.diagonal(dim1=-2, dim2=-1).add_(noise2.unsqueeze(-1))
+    return cholesky(matrix)
 
 
 def default_scale(config: LeastSquaresConfig, batch: int, dim_y: int, device=None) -> Tensor:
@@ -346,18 +399,23 @@ def posterior(
     mean, noise = torch.zeros_like(moment), torch.zeros_like(scale)
     covariance = gram.new_zeros(len(gram), weight.shape[-1], *gram.shape[1:])
     solved = []
-    for part in (share > 0).any(-1).nonzero().split(MATRICES_AT_ONCE):
-        tile, setting = part.T
+    few, rows, right = _few(a, gram, moment)
+    chosen = (share > 0).any(-1).nonzero()
+    is_few = few[chosen[:, 0]]
+    parts = [(some, True) for some in chosen[is_few].split(MATRICES_AT_ONCE)]
+    parts += [(some, False) for some in chosen[~is_few].split(MATRICES_AT_ONCE)]
+    for some, of_few in parts:
+        tile, setting = some.T
         prior, noise2 = scale_of[setting], noise2_of[setting]
-        inverse = torch.cholesky_inverse(_factor(gram[tile], prior, noise2)).mul_(
-            prior.unsqueeze(-1) * prior.unsqueeze(-2)
-        )
-        w = inverse @ moment[tile]
-        scaled = share[tile, setting] * amplitude2[tile, setting] * noise2.unsqueeze(-1)
-        noise.index_add_(0, tile, scaled)
+        if of_few:
+            own, w = _invert_few(rows[tile], right[tile], prior, noise2)
+        else:
+            own, w = _invert(gram[tile], moment[tile], prior, noise2)
+        scaled = share[tile, setting] * amplitude2[tile, setting]
+        noise.index_add_(0, tile, scaled * noise2.unsqueeze(-1))
         mean.index_add_(0, tile, share[tile, setting].unsqueeze(1) * w)
         for output, size in enumerate(scaled.unbind(-1)):
-            covariance[:, output].index_add_(0, tile, inverse * size[:, None, None])
+            covariance[:, output].index_add_(0, tile, own * size[:, None, None])
         solved.append((tile, share[tile, setting], w))
     for tile, part, w in solved:  # the settings disagree: that is uncertainty too
         spread = ((w - mean[tile]) * part.sqrt().unsqueeze(1)).mT  # (part, dim_y, functions)
@@ -381,6 +439,31 @@ def posterior(
     )
     quadratic = basis.quadratic(config, covariance.flatten(0, 1)).unflatten(0, scale.shape)
     return Regression(mean, quadratic, noise, summary, covariance)
+
+
+def _invert(gram, moment, scale, noise2):
+    """
+    Return covariances of the weights (batch, n, n), n functions, and means (batch, n, dim_y).
+
+    :param scale: (batch, n) prior stddev of the weights, in units of the amplitude as all here.
+    :param noise2: (batch,).
+    """
+    inverse = torch.cholesky_inverse(_factor(gram, scale, noise2))
+    inverse = inverse.mul_(scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    mean = inverse @ moment
+    return inverse.mul_(noise2[:, None, None]), mean
+
+
+def _invert_few(rows, right, scale, noise2):
+    """
+    Return the same of sums given by their factors, see `_few`.
+    """
+    across = rows * scale.square().unsqueeze(1)
+    factor = _noisy_factor(across @ rows.mT, noise2)
+    solved = torch.linalg.solve_triangular(factor, torch.cat([across, right], -1), upper=False)
+    half, right = solved.split([rows.shape[-1], right.shape[-1]], -1)
+    prior = torch.diag_embed(scale.square())
+    return torch.baddbmm(prior, half.mT, half, alpha=-1), half.mT @ right
 
 
 def averaged(config: LeastSquaresConfig, weight: Tensor) -> Tensor:

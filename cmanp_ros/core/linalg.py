@@ -1,8 +1,8 @@
 """
 Factors of many small matrices: what regressions spend their time on.
 
-On a CPU numpy makes them, on one thread. Its OpenBLAS factorizes matrices of about 100 rows twice
-as fast as the library of torch where that is Intel's and the processor is not
+On a CPU numpy makes Cholesky factors, on one thread. Its OpenBLAS factorizes matrices of about 100
+rows twice as fast as the library of torch where that is Intel's and the processor is not
 (docs/performance.md); several threads on matrices this small wait for each other, for a hundred
 times as long where another process wants a core.
 """
@@ -14,6 +14,10 @@ import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
+
+OVERSAMPLING = 8  # or some matrices would hardly be seen in one of their directions
+SHIFT = 1e-14  # of the trace: a matrix of low rank is definite with it, and hardly another one
+NOTHING = 3e-11  # of the trace: what `SHIFT` may take from a matrix
 
 
 def cholesky(matrix: Tensor) -> Tensor:
@@ -29,6 +33,38 @@ def cholesky(matrix: Tensor) -> Tensor:
             return torch.from_numpy(np.linalg.cholesky(matrix.numpy()))
     except np.linalg.LinAlgError as error:
         raise torch.linalg.LinAlgError(f'matrix {tuple(matrix.shape)}: {error}') from error
+
+
+def low_rank(matrix: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Factorize positive semidefinite matrices of a low rank (Tropp et al. 2017, arXiv 1706.05736).
+
+    :param matrix: (batch, n, n).
+    :param right: (batch, n, k), in the range of `matrix`.
+    :param rank: of each, or less.
+    :return: R (batch, m, n) with matrix = R^T R, m = rank + OVERSAMPLING <= n;
+        z (batch, m, k) with right = R^T z; and whether they are, (batch,): False where the rank is
+        larger, or where what rounding left of a matrix is not positive semidefinite.
+    """
+    n, trace = matrix.shape[-1], matrix.diagonal(dim1=1, dim2=2).sum(1)
+    test = _test_matrix(n, rank + OVERSAMPLING).to(matrix)
+    seen = test.mT @ torch.cat([matrix, right], -1)
+    core = seen[..., :n] @ test
+    shift = (SHIFT * trace).clamp(min=1e-100)  # nothing at all has a factor, too
+    core.diagonal(dim1=1, dim2=2).add_(shift.unsqueeze(1))
+    factor, failed = torch.linalg.cholesky_ex(core)
+    solved = torch.linalg.solve_triangular(factor, seen, upper=False)
+    rows = solved[..., :n]
+    holds = (failed == 0) & (trace - rows.square().sum((1, 2)) <= NOTHING * trace)
+    return rows, solved[..., n:], holds
+
+
+@cache
+@torch.inference_mode(False)  # a tensor that serves in either mode
+def _test_matrix(n, m):
+    """Return orthogonal columns in no particular direction, (n, m), always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(n, m, dtype=torch.float64, generator=generator))[0]
 
 
 @contextmanager

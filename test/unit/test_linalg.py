@@ -24,6 +24,31 @@ def test_matrix_that_is_not_positive_definite_is_refused():
         linalg.cholesky(-torch.eye(2, dtype=torch.float64)[None])
 
 
+@pytest.mark.parametrize('rank', [0, 1, 5, 8])
+def test_matrix_of_low_rank_is_factorized(rank):
+    root = torch.randn(3, rank, 29, dtype=torch.float64)
+    matrix, right = root.mT @ root, root.mT @ torch.randn(3, rank, 2, dtype=torch.float64)
+    rows, inner, holds = linalg.low_rank(matrix, right, 8)
+    assert rows.shape == (3, 16, 29) and inner.shape == (3, 16, 2) and holds.all()
+    torch.testing.assert_close(rows.mT @ rows, matrix, rtol=0, atol=1e-9)
+    torch.testing.assert_close(rows.mT @ inner, right, rtol=0, atol=1e-9)
+
+
+def test_matrix_of_higher_rank_is_told_from_others():
+    root = torch.randn(2, 17, 29, dtype=torch.float64)
+    root[1, 8:] = root[1, :8].sum(0)
+    holds = linalg.low_rank(root.mT @ root, torch.zeros(2, 29, 1, dtype=torch.float64), 8)[2]
+    assert holds.tolist() == [False, True]
+
+
+def test_matrix_that_rounding_made_indefinite_is_told_from_others():
+    root = torch.randn(2, 1, 29, dtype=torch.float64)
+    matrix = root.mT @ root
+    matrix[1] -= 1e-12 * torch.eye(29)
+    holds = linalg.low_rank(matrix, torch.zeros(2, 29, 1, dtype=torch.float64), 8)[2]
+    assert holds.tolist() == [True, False]
+
+
 def test_gradients_pass():
     matrix = torch.eye(3, dtype=torch.float64)[None].requires_grad_()
     assert linalg.cholesky(matrix).requires_grad
