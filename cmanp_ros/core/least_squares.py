@@ -201,7 +201,7 @@ def forget(a: LeastSquaresSums, factor: float) -> LeastSquaresSums:
 
 NUM_SUMMARIES = 8
 MATRICES_AT_ONCE = 16  # that are factorized together: they fit in caches
-FEW = 32  # points of a tile, whose covariance is factorized in place of that of all weights
+FEW = 24  # points of a tile, whose covariance is factorized in place of that of all weights
 FAR_MORE = 8.0  # times the median number of points in a voxel
 
 
@@ -396,9 +396,8 @@ def posterior(
     amplitude2 = _amplitudes(config, e, scale)
 
     share = averaged(config, weight)
-    mean, noise = torch.zeros_like(moment), torch.zeros_like(scale)
+    w, noise = moment.new_zeros(*weight.shape[:2], *moment.shape[1:]), torch.zeros_like(scale)
     covariance = gram.new_zeros(len(gram), weight.shape[-1], *gram.shape[1:])
-    solved = []
     few, rows, right = _few(a, gram, moment)
     chosen = (share > 0).any(-1).nonzero()
     is_few = few[chosen[:, 0]]
@@ -408,18 +407,17 @@ def posterior(
         tile, setting = some.T
         prior, noise2 = scale_of[setting], noise2_of[setting]
         if of_few:
-            own, w = _invert_few(rows[tile], right[tile], prior, noise2)
+            own, w[tile, setting] = _invert_few(rows[tile], right[tile], prior, noise2)
         else:
-            own, w = _invert(gram[tile], moment[tile], prior, noise2)
+            own, w[tile, setting] = _invert(gram[tile], moment[tile], prior, noise2)
         scaled = share[tile, setting] * amplitude2[tile, setting]
         noise.index_add_(0, tile, scaled * noise2.unsqueeze(-1))
-        mean.index_add_(0, tile, share[tile, setting].unsqueeze(1) * w)
         for output, size in enumerate(scaled.unbind(-1)):
             covariance[:, output].index_add_(0, tile, own * size[:, None, None])
-        solved.append((tile, share[tile, setting], w))
-    for tile, part, w in solved:  # the settings disagree: that is uncertainty too
-        spread = ((w - mean[tile]) * part.sqrt().unsqueeze(1)).mT  # (part, dim_y, functions)
-        covariance.index_add_(0, tile, spread.unsqueeze(-1) * spread.unsqueeze(-2))
+    mean = torch.einsum('bso,bsfo->bfo', share, w)
+    spread = (w - mean.unsqueeze(1)) * share.sqrt().unsqueeze(2)
+    spread = spread.permute(0, 3, 1, 2)  # the settings disagree: that is uncertainty too
+    covariance += spread.mT @ spread
 
     mean[:, _constant(config, mean.shape[1])] += center
 
