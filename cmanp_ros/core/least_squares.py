@@ -238,15 +238,15 @@ def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums)
     variances, noise2 = variances.to(gram.device), _noise2(config, gram)
     shape = len(gram), len(variances) * len(noise2)
     explained, log_determinant = gram.new_empty(*shape, moment.shape[-1]), gram.new_empty(shape)
-    few, *factors = _few(a, gram, moment)
-    for is_few, solve, sums_of, at_once in (
-        (True, _solve_few, factors, MATRICES_AT_ONCE),
-        (False, _solve, (gram, moment), max(1, MATRICES_AT_ONCE // len(noise2))),
-    ):
-        for some in (few == is_few).nonzero()[:, 0].split(at_once):
-            own = [part[some] for part in sums_of]
+    for tiles, *factors in _systems(a, gram, moment):
+        given, solve, at_once = factors, _solve_few, MATRICES_AT_ONCE
+        if not factors:
+            given, solve = (gram[tiles], moment[tiles]), _solve
+            at_once = max(1, MATRICES_AT_ONCE // len(noise2))
+        for some in torch.arange(len(tiles)).split(at_once):
+            own = [part[some] for part in given]
             kernels = [solve(*own, variance, noise2) for variance in variances]
-            explained[some], log_determinant[some] = (
+            explained[tiles[some]], log_determinant[tiles[some]] = (
                 torch.cat(part, 1) for part in zip(*kernels, strict=True)
             )
     noise2 = noise2.repeat(len(variances))
@@ -255,21 +255,20 @@ def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums)
     return Evidence(left.clamp(min=0) / 2, log_determinant, count)
 
 
-def _few(a, gram, moment):
+def _systems(a, gram, moment):
     """
-    Return which tiles have fewer points than are worth a system of all weights.
+    Yield tiles to be solved together: those of few points in as many equations, others in all.
 
-    :return: (batch,) bool; and of these, of others 0, R (batch, m, num_functions) with
-        gram = R^T R, and z (batch, m, dim_y) with moment = R^T z, see `low_rank`.
+    :return: numbers of tiles (t,); and for those of few points R (t, m, num_functions) with
+        gram = R^T R, and z (t, m, dim_y) with moment = R^T z, see `low_rank`.
     """
-    size = FEW + OVERSAMPLING
-    few = (a.count <= FEW) & (gram.shape[-1] > size)
-    rows = gram.new_zeros(len(gram), size, gram.shape[-1])
-    right = moment.new_zeros(len(gram), size, moment.shape[-1])
-    if few.any():
-        rows[few], right[few], holds = low_rank(gram[few], moment[few], FEW)
-        few[few.clone()] = holds
-    return few, rows, right
+    is_few = (a.count <= FEW) & (gram.shape[-1] > FEW + OVERSAMPLING)
+    few = is_few.nonzero()[:, 0]
+    if len(few):
+        *factors, holds = low_rank(gram[few], moment[few], FEW)
+        is_few[few] = holds
+        yield few[holds], *(part[holds] for part in factors)
+    yield ((~is_few).nonzero()[:, 0],)
 
 
 def _solve(gram, moment, variance, noise2):
@@ -287,7 +286,7 @@ def _solve(gram, moment, variance, noise2):
 
 def _solve_few(rows, right, variance, noise2):
     """
-    Return the same of sums given by their factors, see `_few`.
+    Return the same of sums given by their factors, see `_systems`.
     """
     inner = (rows * variance) @ rows.mT
     factor = _noisy_factor(inner.unsqueeze(1).repeat(1, len(noise2), 1, 1), noise2)
@@ -398,22 +397,19 @@ def posterior(
     share = averaged(config, weight)
     w, noise = moment.new_zeros(*weight.shape[:2], *moment.shape[1:]), torch.zeros_like(scale)
     covariance = gram.new_zeros(len(gram), weight.shape[-1], *gram.shape[1:])
-    few, rows, right = _few(a, gram, moment)
-    chosen = (share > 0).any(-1).nonzero()
-    is_few = few[chosen[:, 0]]
-    parts = [(some, True) for some in chosen[is_few].split(MATRICES_AT_ONCE)]
-    parts += [(some, False) for some in chosen[~is_few].split(MATRICES_AT_ONCE)]
-    for some, of_few in parts:
-        tile, setting = some.T
-        prior, noise2 = scale_of[setting], noise2_of[setting]
-        if of_few:
-            own, w[tile, setting] = _invert_few(rows[tile], right[tile], prior, noise2)
-        else:
-            own, w[tile, setting] = _invert(gram[tile], moment[tile], prior, noise2)
-        scaled = share[tile, setting] * amplitude2[tile, setting]
-        noise.index_add_(0, tile, scaled * noise2.unsqueeze(-1))
-        for output, size in enumerate(scaled.unbind(-1)):
-            covariance[:, output].index_add_(0, tile, own * size[:, None, None])
+    for tiles, *factors in _systems(a, gram, moment):
+        for some in (share[tiles] > 0).any(-1).nonzero().split(MATRICES_AT_ONCE):
+            place, setting = some.T
+            tile, prior, noise2 = tiles[place], scale_of[setting], noise2_of[setting]
+            if factors:
+                own = _invert_few(*(part[place] for part in factors), prior, noise2)
+            else:
+                own = _invert(gram[tile], moment[tile], prior, noise2)
+            own_covariance, w[tile, setting] = own
+            scaled = share[tile, setting] * amplitude2[tile, setting]
+            noise.index_add_(0, tile, scaled * noise2.unsqueeze(-1))
+            for output, size in enumerate(scaled.unbind(-1)):
+                covariance[:, output].index_add_(0, tile, own_covariance * size[:, None, None])
     mean = torch.einsum('bso,bsfo->bfo', share, w)
     spread = (w - mean.unsqueeze(1)) * share.sqrt().unsqueeze(2)
     spread = spread.permute(0, 3, 1, 2)  # the settings disagree: that is uncertainty too
@@ -454,7 +450,7 @@ def _invert(gram, moment, scale, noise2):
 
 def _invert_few(rows, right, scale, noise2):
     """
-    Return the same of sums given by their factors, see `_few`.
+    Return the same of sums given by their factors, see `_systems`.
     """
     across = rows * scale.square().unsqueeze(1)
     factor = _noisy_factor(across @ rows.mT, noise2)

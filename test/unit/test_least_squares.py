@@ -663,20 +663,22 @@ def test_an_offset_of_points_partly_forgotten_changes_nothing_else():
 # Few points --------------------------------------------------------------------------------------
 
 
-def assert_solved_alike(monkeypatch, config, folded, dim_x, is_few):
+def assert_solved_alike(monkeypatch, config, folded, dim_x, are_few):
     """Compare tiles of few points with the same ones solved as any other."""
     variances, found, chosen = least_squares.prior_variances(config, dim_x), [], []
-    few_of = least_squares._few
+    systems = least_squares._systems
 
     def spy(*sums):
-        chosen.append(few_of(*sums)[0].tolist())
-        return few_of(*sums)
+        for tiles, *factors in systems(*sums):
+            chosen[-1] += tiles.tolist() if factors else []
+            yield tiles, *factors
 
-    monkeypatch.setattr(least_squares, '_few', spy)
+    monkeypatch.setattr(least_squares, '_systems', spy)
     for few in (4, -1):
         monkeypatch.setattr(least_squares, 'FEW', few)
+        chosen.append([])
         found.append(least_squares.solve(config, variances, folded))
-    assert chosen == [is_few] * 2 + [[False] * len(is_few)] * 2, 'evidence and posterior'
+    assert chosen == [are_few * 2, []], 'evidence and posterior'
     for part, expected in zip(*found, strict=True):
         torch.testing.assert_close(part, expected, rtol=1e-7, atol=1e-7)
 
@@ -689,14 +691,14 @@ def test_tiles_of_few_points_are_solved_as_any_other(monkeypatch, dim_x):
     x, y, _ = data(dim_x, batch=5)
     present = torch.arange(N) < torch.tensor([0, 1, 4, 5, N]).unsqueeze(1)
     folded = least_squares.sums(config, x, y, present)
-    assert_solved_alike(monkeypatch, config, folded, dim_x, [True] * 3 + [False] * 2)
+    assert_solved_alike(monkeypatch, config, folded, dim_x, [0, 1, 2])
 
 
 def test_points_that_only_weigh_as_few_are_solved_as_many(monkeypatch):
     config, (x, y, _) = config_of(2), data(2)
     folded = least_squares.forget(least_squares.sums(config, x, y), 0.1)
     assert (folded.count < 2).all()
-    assert_solved_alike(monkeypatch, config, folded, 2, [False] * BATCH)
+    assert_solved_alike(monkeypatch, config, folded, 2, [])
 
 
 # Honest counts -----------------------------------------------------------------------------------
