@@ -456,8 +456,9 @@ def _invert_few(rows, right, scale, noise2):
     factor = _noisy_factor(across @ rows.mT, noise2)
     solved = torch.linalg.solve_triangular(factor, torch.cat([across, right], -1), upper=False)
     half, right = solved.split([rows.shape[-1], right.shape[-1]], -1)
-    prior = torch.diag_embed(scale.square())
-    return torch.baddbmm(prior, half.mT, half, alpha=-1), half.mT @ right
+    covariance = half.mT @ half
+    covariance.neg_().diagonal(dim1=1, dim2=2).add_(scale.square())
+    return covariance, half.mT @ right
 
 
 def averaged(config: LeastSquaresConfig, weight: Tensor) -> Tensor:
