@@ -201,7 +201,7 @@ def forget(a: LeastSquaresSums, factor: float) -> LeastSquaresSums:
 
 NUM_SUMMARIES = 8
 MATRICES_AT_ONCE = 16  # that are factorized together: they fit in caches
-FEW = 24  # points of a tile, whose covariance is factorized in place of that of all weights
+FEW = (24, 40)  # points of a tile: their covariance is factorized, not all weights'
 FAR_MORE = 8.0  # times the median number of points in a voxel
 
 
@@ -262,13 +262,14 @@ def _systems(a, gram, moment):
     :return: numbers of tiles (t,); and for those of few points R (t, m, num_functions) with
         gram = R^T R, and z (t, m, dim_y) with moment = R^T z, see `low_rank`.
     """
-    is_few = (a.count <= FEW) & (gram.shape[-1] > FEW + OVERSAMPLING)
-    few = is_few.nonzero()[:, 0]
-    if len(few):
-        *factors, holds = low_rank(gram[few], moment[few], FEW)
-        is_few[few] = holds
-        yield few[holds], *(part[holds] for part in factors)
-    yield ((~is_few).nonzero()[:, 0],)
+    others = torch.ones_like(a.count, dtype=torch.bool)
+    for few in FEW:
+        some = (others & (a.count <= few)).nonzero()[:, 0]
+        if len(some) and gram.shape[-1] > few + OVERSAMPLING:
+            *factors, holds = low_rank(gram[some], moment[some], few)
+            others[some] = ~holds
+            yield some[holds], *(part[holds] for part in factors)
+    yield (others.nonzero()[:, 0],)
 
 
 def _solve(gram, moment, variance, noise2):
