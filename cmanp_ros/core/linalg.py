@@ -16,7 +16,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 OVERSAMPLING = 8  # or some matrices would hardly be seen in one of their directions
-SHIFT = 1e-14  # of the trace: a matrix of low rank is definite with it, and hardly another one
+SHIFT = 1e-15  # of the trace: a matrix of low rank is definite with it, and hardly another one
 NOTHING = 3e-11  # of the trace: what `SHIFT` may take from a matrix
 
 

@@ -297,7 +297,7 @@ def assert_same_worlds(found, expected):
     for name, tolerance in (('variance', 3e-4), ('noise_variance', 1e-5)):
         own, theirs = getattr(found, name)[order], getattr(expected, name)[other]
         torch.testing.assert_close(own, theirs, rtol=tolerance, atol=0)
-    for name, tolerance in (('summary', 1e-6), ('context', 3e-4)):
+    for name, tolerance in (('summary', 1e-5), ('context', 3e-4)):  # offsets of 1e4 reliefs
         own, theirs = getattr(found, name)[order], getattr(expected, name)[other]
         torch.testing.assert_close(own, theirs, rtol=tolerance, atol=tolerance)
     tiles = {
