@@ -40,9 +40,8 @@ def world_task(generator, max_context=1200, num_target=48, dim_x=2) -> WorldTask
     Draw a field, where it is observed, and targets in and around it.
 
     Observations: uniform, along winding tracks or survey lines with a footprint, clusters,
-    half-seen regions, some with a robot that parked for up to as many readings again; noise that
-    may vary tenfold, passes that disagree, outliers; amplitudes over two decades. Targets:
-    clusters anywhere, and where the track goes on.
+    half-seen regions; noise that may vary tenfold, passes that disagree, outliers; amplitudes over
+    two decades. Targets: clusters anywhere, and where the track goes on.
     """
     chance, uniform, log_uniform = _draws(generator)
     size = uniform(0, 1)
@@ -67,11 +66,6 @@ def world_task(generator, max_context=1200, num_target=48, dim_x=2) -> WorldTask
     x_target = ahead  # as a robot meets them
     if not chance(0.6 if on_track else 0.15):
         x_target = _targets(generator, x_context, num_target, side)
-    if num_context and chance(0.1):
-        spot = x_context[torch.randint(0, num_context, (1,), generator=generator)]
-        parked = spot.expand(int(log_uniform(8, 8 + max_context)), -1)
-        x_context = torch.cat([x_context, parked])
-        num_context = len(x_context)
 
     x = torch.cat([x_context, x_target])
     field, noise = _field(generator, x)

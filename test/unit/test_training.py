@@ -53,7 +53,7 @@ def test_worlds_are_finite_and_follow_the_generator(dim_x):
         first, again, other = (
             priors.world_task(seeded(s), 13, N_TARGET, dim_x) for s in (seed, seed, seed + 1)
         )
-        assert first.x_context.shape[1:] == (dim_x,) and len(first.x_context) <= 2 * 13 + 8
+        assert first.x_context.shape[1:] == (dim_x,) and len(first.x_context) <= 13
         assert first.y_context.shape == (len(first.x_context), 1)
         assert first.x_target.shape == (N_TARGET, dim_x)
         assert first.y_target.shape == (N_TARGET, 1)
@@ -66,25 +66,11 @@ def test_worlds_are_finite_and_follow_the_generator(dim_x):
 
 def test_worlds_are_seen_as_often_by_few_readings_as_by_many():
     generator = seeded()
-    tasks = [priors.world_task(generator, 499, 2) for _ in range(211)]
-    sizes = np.array([len(task.x_context.unique(dim=0)) for task in tasks])
+    sizes = np.array([len(priors.world_task(generator, 499, 2).x_context) for _ in range(211)])
     assert 0 < (sizes == 0).mean() < 0.1 and sizes.max() <= 499
     position = np.log(sizes[sizes > 0]) / np.log(500)
     for low in (0.2, 0.4, 0.6, 0.8):
         assert abs((position > low).mean() - (1 - low)) < 0.1
-
-
-def test_in_some_worlds_a_robot_parks_for_up_to_as_many_readings_again():
-    generator, parked = seeded(), []
-    tasks = [priors.world_task(generator, 97, 2) for _ in range(211)]
-    for task in tasks:
-        _, place, count = task.x_context.unique(dim=0, return_inverse=True, return_counts=True)
-        if (count > 1).any():
-            assert (count > 1).sum() == 1, 'one spot'
-            parked.append(int(count.max()))
-            assert task.y_context[place == count.argmax()].std() > 0, 'readings have noise'
-    assert 0.03 < len(parked) / len(tasks) < 0.2
-    assert min(parked) < 20 < 60 < max(parked) <= 1 + 8 + 97
 
 
 def test_worlds_have_amplitudes_over_two_decades_and_offsets_beyond_them():
@@ -297,7 +283,7 @@ def assert_same_worlds(found, expected):
     for name, tolerance in (('variance', 3e-4), ('noise_variance', 1e-5)):
         own, theirs = getattr(found, name)[order], getattr(expected, name)[other]
         torch.testing.assert_close(own, theirs, rtol=tolerance, atol=0)
-    for name, tolerance in (('summary', 1e-5), ('context', 3e-4)):  # offsets of 1e4 reliefs
+    for name, tolerance in (('summary', 1e-6), ('context', 3e-4)):
         own, theirs = getattr(found, name)[order], getattr(expected, name)[other]
         torch.testing.assert_close(own, theirs, rtol=tolerance, atol=tolerance)
     tiles = {
