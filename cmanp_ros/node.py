@@ -8,10 +8,12 @@ The ROS 2 node: wiring only.
                                          ^- control: pause, reset, save, load, merge, undo, peers
 """
 
+import contextlib
 import functools
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import rclpy
@@ -20,7 +22,8 @@ from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType, JumpThreshold
 from rclpy.duration import Duration
-from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
+from rclpy.exceptions import InvalidHandle
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from std_msgs.msg import Header
 
@@ -39,7 +42,6 @@ from cmanp_ros.transforms import TransformListener
 from cmanp_ros.worker import Worker
 
 WARNING_PERIOD_SEC = 10.0
-NUM_THREADS = 3  # of the executor: messages and timers, predictions, control
 
 
 class CMANPNode(LifecycleNode):
@@ -47,8 +49,10 @@ class CMANPNode(LifecycleNode):
     Folds observations into a map and publishes what it predicts.
 
     `configure` loads the model and opens outputs, `activate` opens inputs, `deactivate` keeps the
-    map, `cleanup` frees it. It may be added to any executor; with fewer than three threads
-    messages wait while a request is answered.
+    map, `cleanup` frees it. It may be added to any executor, see `spin`; requests that take long
+    wait in threads of the node. One thread for the executor is best: rclpy's MultiThreadedExecutor
+    hands the same work out thousands of times where others want the interpreter's lock, and
+    nothing comes through for many seconds (rclpy issue 1452).
     """
 
     def __init__(self, **kwargs):
@@ -65,6 +69,7 @@ class CMANPNode(LifecycleNode):
             raise
         self.add_on_set_parameters_callback(self._on_set_parameters)
         self.answering, self.controlling = (MutuallyExclusiveCallbackGroup() for _ in range(2))
+        self._threads = ThreadPoolExecutor(2, 'cmanp request')  # one for each group
         self._inputs, self._outputs, self._is_open = [], [], False
         self._jump_handle = None
         self.fleet = self.worker = self.transforms = None
@@ -182,19 +187,33 @@ class CMANPNode(LifecycleNode):
         return made
 
     def open_service(self, service_type, name, callback, group, qos):
-        """Serve until deactivated."""
+        """Serve until deactivated; the callback may wait, and others of its group then do."""
         made = self.create_service(
-            service_type, name, callback, qos_profile=qos, callback_group=group
+            service_type, name, self._in_thread(callback), qos_profile=qos, callback_group=group
         )
         self._inputs.append((self.destroy_service, made))
         return made
 
     def open_timer(self, rate, callback, group=None):
-        """Call at a rate [Hz] until deactivated, by the steady clock; 0: never."""
+        """
+        Call at a rate [Hz] until deactivated, by the steady clock; 0: never.
+
+        :param group: the callback may wait, and others of this group then do.
+        """
         if rate > 0:
+            callback = self._guarded(callback)
+            callback = callback if group is None else self._in_thread(callback)
             steady = Clock(clock_type=ClockType.STEADY_TIME)  # goes on when simulated time stands
-            timer = self.create_timer(1 / rate, self._guarded(callback), group, clock=steady)
+            timer = self.create_timer(1 / rate, callback, group, clock=steady)
             self._inputs.append((self.destroy_timer, timer))
+
+    def _in_thread(self, callback):
+        """Return a coroutine function that calls back in a thread: the executor does not wait."""
+
+        async def awaited(*arguments):
+            return await _Outcome(self._threads.submit(callback, *arguments), self.executor)
+
+        return awaited
 
     def _guarded(self, callback):
         """Return a callback whose faults are logged: they must not end the executor."""
@@ -281,6 +300,30 @@ class CMANPNode(LifecycleNode):
         self.num_clock_jumps += 1
 
 
+class _Outcome:
+    """Of a future, for a coroutine; rclpy's own `Future` does not wake the executor."""
+
+    def __init__(self, future, executor):
+        self._future, self._executor = future, executor
+        future.add_done_callback(self._wake)
+
+    def _wake(self, _):
+        with contextlib.suppress(InvalidHandle):  # it was shut down meanwhile
+            self._executor.wake()
+
+    def __await__(self):
+        while not self._future.done():
+            yield
+        return self._future.result()
+
+
+def spin(executor):
+    """Spin until the end; whoever asked a service that is closed meanwhile has no answer."""
+    while True:
+        with contextlib.suppress(InvalidHandle):
+            return executor.spin()
+
+
 def main(arguments=None) -> int:
     """
     Run the node until it is interrupted.
@@ -295,9 +338,9 @@ def main(arguments=None) -> int:
             for transition in (node.trigger_configure, node.trigger_activate):
                 if transition() != TransitionCallbackReturn.SUCCESS:
                     return 1
-        executor = MultiThreadedExecutor(NUM_THREADS)
+        executor = SingleThreadedExecutor()
         executor.add_node(node)
-        executor.spin()
+        spin(executor)
     except ConfigError as error:
         print(f'cmanp_node: {error}', file=sys.stderr)
         return 1

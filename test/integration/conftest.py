@@ -65,12 +65,16 @@ class Client:
 
     def call(self, service_type, name, request):
         """Call a service and return the response."""
-        client = self.node.create_client(service_type, name)
-        assert client.wait_for_service(TIMEOUT_SEC), f'no service {name}'
-        future = client.call_async(request)
+        future, client = self.call_async(service_type, name, request)
         wait_for(future.done)
         self.node.destroy_client(client)
         return future.result()
+
+    def call_async(self, service_type, name, request):
+        """Call a service; return the future of the response, and the client."""
+        client = self.node.create_client(service_type, name)
+        assert client.wait_for_service(TIMEOUT_SEC), f'no service {name}'
+        return client.call_async(request), client
 
     def close(self):
         """Stop spinning."""
@@ -91,10 +95,10 @@ def client(context):
 def start_node(domain_id, client):
     """Return a function that starts a node with parameters and returns it, active."""
     import rclpy
-    from rclpy.executors import MultiThreadedExecutor
+    from rclpy.executors import SingleThreadedExecutor
     from rclpy.parameter import Parameter
 
-    from cmanp_ros.node import NUM_THREADS, CMANPNode
+    from cmanp_ros.node import CMANPNode, spin
 
     running = []
 
@@ -107,9 +111,9 @@ def start_node(domain_id, client):
         if activate:
             node.trigger_configure()
             node.trigger_activate()
-        executor = MultiThreadedExecutor(NUM_THREADS, context=context)  # as `main`
+        executor = SingleThreadedExecutor(context=context)  # as `main`
         executor.add_node(node)
-        thread = threading.Thread(target=executor.spin, daemon=True)
+        thread = threading.Thread(target=spin, args=[executor], daemon=True)
         thread.start()
         running.append((node, executor, thread, context))
         client.nodes.append(node)

@@ -22,7 +22,7 @@ from cmanp_ros.conversions import cloud_from_points, stamp_from_nanoseconds
 from cmanp_ros.demo.processes import Child, environment, stop
 from cmanp_ros.demo.run import ros_arguments
 from cmanp_ros.diagnostics import counts_from_status
-from cmanp_ros.qos import LATCHED
+from cmanp_ros.qos import LATCHED, REQUESTS
 
 START_SEC = 60.0  # for a process to import torch while others have the cores
 RADIUS_M, SIGHT_M = 8.0, 4.0  # of the circle that is driven, and of what is seen from it
@@ -107,7 +107,9 @@ class Driver(Client):
 
         :param request: asked first, until an answer came: both sides know each other then.
         """
-        client = self.node.create_client(service_type, f'{self._name}/{name}')
+        client = self.node.create_client(
+            service_type, f'{self._name}/{name}', qos_profile=REQUESTS
+        )  # a client has the answers to all others, too, until it reads its own
         assert client.wait_for_service(TIMEOUT_SEC), f'no service {name}'
         wait_for(lambda: _answered(client.call_async(request)), 3 * TIMEOUT_SEC)
         return client.call_async

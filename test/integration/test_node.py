@@ -417,6 +417,40 @@ def test_status_tells_what_became_of_everything(start_node, client):
     assert wait_for(lambda: arrays)[-1].status[0].name == 'cmanp: field'
 
 
+@pytest.fixture
+def held_up(start_node, client):
+    """Return a node whose worker does nothing, what lets it go on, and a request that waits."""
+    node, gate = start_node(), threading.Event()
+    node.worker.ask(lambda: gate.wait(20))
+    asked = client.call_async(Predict, 'cmanp/predict', request(scattered(5)))[0]
+    wait_for(lambda: node.worker._questions)
+    yield node, gate, asked
+    gate.set()
+
+
+def test_request_that_waits_holds_up_neither_messages_nor_other_services(held_up, client):
+    node, gate, asked = held_up
+    client.publisher(PointCloud2, 'points', 100).publish(cloud(scattered(5)))
+    wait_for(lambda: counts(node)[1].received == 1)
+    assert client.call(SetBool, 'cmanp/pause', SetBool.Request(data=True)).success
+    assert client.call(GetState, 'cmanp/get_state', GetState.Request()).current_state.id == 3
+    assert not asked.done()
+    gate.set()
+    wait_for(asked.done)
+    assert asked.result().success
+
+
+def test_node_goes_on_when_it_is_deactivated_while_somebody_waits_for_an_answer(held_up, client):
+    _, gate, asked = held_up
+    for transition_id, after in ((4, lambda: gate.set()), (3, lambda: None)):
+        message = ChangeState.Request()
+        message.transition.id = transition_id
+        assert client.call(ChangeState, 'cmanp/change_state', message).success
+        after()
+    assert client.call(Predict, 'cmanp/predict', request(scattered(5))).success
+    assert not asked.done()
+
+
 def test_full_queue_drops_the_oldest_and_counts_it(start_node, client):
     node = start_node(queue_size=2, chunk_size=1)
     points = client.publisher(PointCloud2, 'points', 100)

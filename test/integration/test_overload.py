@@ -160,7 +160,8 @@ while True:  # until both sides know each other
     if future.done():
         break
 request.x = [x / 400 for x in range(20000)]
-client.call_async(request)
+for _ in range(4):
+    client.call_async(request)
 request.joint = True  # too many for that: the node will say so once it comes to it
 client.call_async(request)
 print('asked', flush=True)
@@ -173,6 +174,8 @@ def test_client_that_vanishes_in_the_middle_of_a_request_hurts_nobody(node, driv
         return any('joint over 10000' in text for *_, text in node.warnings())
 
     predict = driver.connect(Predict, 'predict', question())
+    with driver.driving(5.0, 500):  # of an empty map the answers would be there at once
+        wait_for(lambda: driver.value('observations_folded') > 2000)
     with subprocess.Popen(
         [sys.executable, '-c', VANISHING], stdout=subprocess.PIPE, env=environment(domain_id)
     ) as vanishing:
