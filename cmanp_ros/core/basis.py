@@ -71,23 +71,23 @@ def factors(config: LeastSquaresConfig, x: Tensor) -> Factors:
     """
     x, m = x.double().mT, config.functions_per_axis
     u = (x + config.box_half_width) * (pi / (2 * config.box_half_width))
-    sine, cosine = u.sin().unsqueeze(2), u.cos().unsqueeze(2)
-    while (more := m - sine.shape[2]) > 0:
-        sine, cosine = (
-            torch.cat([known, new], 2)
-            for known, new in zip((sine, cosine), _beyond(sine, cosine, more), strict=True)
+    sine = u.new_empty(*u.shape[:2], m, u.shape[2])
+    cosine = u.new_empty(*u.shape[:2], 2 * m + 1, u.shape[2])
+    sine[:, :, 0], cosine[:, :, 0], cosine[:, :, 1] = u.sin(), 1.0, u.cos()
+    known = 1
+    while known < 2 * m:  # sin((k + j)u) and cos((k + j)u) of sin(ju) and cos(ju), j = 1 ... k
+        top_sine, top_cosine = (
+            part[:, :, place].unsqueeze(2) for part, place in ((sine, known - 1), (cosine, known))
         )
-    cosine = torch.cat([torch.ones_like(cosine[:, :, :1]), cosine, _beyond(sine, cosine, m)[1]], 2)
+        more = min(known, (m if known < m else 2 * m) - known)
+        new = slice(known, known + more)
+        some, others = sine[:, :, :more], cosine[:, :, 1 : more + 1]
+        if known < m:
+            torch.mul(top_cosine, some, out=sine[:, :, new]).addcmul_(top_sine, others)
+        new = cosine[:, :, known + 1 : known + more + 1]
+        torch.mul(top_cosine, others, out=new).addcmul_(top_sine, some, value=-1)
+        known += more
     return Factors(sine, cosine, torch.cat([torch.ones_like(x[:, :1]), x / HALF_WIDTH], 1))
-
-
-def _beyond(sine, cosine, count):
-    """
-    Return sin((k + j)u) and cos((k + j)u), j = 1 ... count, of those for j = 1 ... k.
-    """
-    top_sine, top_cosine = sine[:, :, -1:], cosine[:, :, -1:]
-    sine, cosine = sine[:, :, :count], cosine[:, :, :count]
-    return top_cosine * sine + top_sine * cosine, top_cosine * cosine - top_sine * sine
 
 
 def functions(config: LeastSquaresConfig, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cmanp_ros.core.attention import padded
+from cmanp_ros.core.attention import attend, padded
 
 
 class StackedLinear(nn.Module):
@@ -143,7 +143,7 @@ class Attention(nn.Module):
         q, key, value = (
             split_heads(part.flatten(0, -3), self.num_heads) for part in (query, key, value)
         )
-        read = join_heads(F.scaled_dot_product_attention(q, key, value))
+        read = join_heads(attend(q, key, value))
         read = read.view_as(n) if mask is None else read[mask]
         return self.to_out(read).add_(n)
 

@@ -63,8 +63,8 @@ class Encoder(nn.Module):
         projected = F.linear(F.layer_norm(tokens, tokens.shape[-1:]), weight, shift)
         if mask is not None:
             projected = attention.padded(projected, mask)
-        projected = projected.unflatten(-1, (len(query), 2, self.num_heads, -1))
-        key, value = projected.permute(3, 0, 2, 4, 1, 5)  # (batch, block, head, n, dim_head)
+        projected = projected.unflatten(-1, (2, len(query), self.num_heads, -1))
+        key, value = projected.permute(2, 0, 3, 4, 1, 5)  # (batch, block, head, n, dim_head)
         return attention.sums(query, key, value, mask)
 
     def _projections(self):
@@ -88,8 +88,12 @@ class Encoder(nn.Module):
         query = split_heads(gather.to_q(gather.norm(self.block_latents)), self.num_heads)
         query = query * query.shape[-1] ** -0.5  # (block, head, query, dim_head)
         weight = gather.to_kv.weight  # (block, 2 * dim, dim)
-        scaled = (weight * gather.norm_context.weight.unsqueeze(1)).flatten(0, 1)
-        shift = (weight @ gather.norm_context.bias.unsqueeze(-1)).flatten()
+        scaled = weight * gather.norm_context.weight.unsqueeze(1)
+        shift = (weight @ gather.norm_context.bias.unsqueeze(-1)).squeeze(-1)
+        # Keys of all blocks first, then values: blocks and heads are one axis without a copy.
+        scaled, shift = (
+            part.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2) for part in (scaled, shift)
+        )
         return query, scaled, shift
 
     def forward(self, sums: AttentionSums) -> list[Tensor]:

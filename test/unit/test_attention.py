@@ -247,3 +247,16 @@ def test_many_single_points_stay_exact(without_shape_checks):
     for lane, limit in ((0, 1e-9), (1, 1e-6)):
         assert abs(state.logsumexp[lane] - one_batch.logsumexp.squeeze()) < limit
         assert (state.mean_value[lane] - one_batch.mean_value.squeeze()).abs().max() < limit
+
+
+@pytest.mark.parametrize('num_keys', [1, 25, attention.FEW_KEYS, attention.FEW_KEYS + 1, 130])
+@pytest.mark.parametrize('num_queries', [0, 1, 17])
+def test_latents_are_read_alike_however_many_they_are(num_keys, num_queries):
+    generator = torch.Generator().manual_seed(num_keys)
+    query, key, value = (
+        torch.randn(3, 4, n, 12, generator=generator) for n in (num_queries, num_keys, num_keys)
+    )
+    scores = query.double() @ key.double().mT / 12**0.5
+    expected = scores.softmax(-1) @ value.double()
+    found = attention.attend(query, key, value)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
