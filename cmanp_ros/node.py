@@ -9,6 +9,7 @@ The ROS 2 node: wiring only.
 """
 
 import contextlib
+import ctypes
 import functools
 import signal
 import sys
@@ -42,6 +43,7 @@ from cmanp_ros.transforms import TransformListener
 from cmanp_ros.worker import Worker
 
 WARNING_PERIOD_SEC = 10.0
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class CMANPNode(LifecycleNode):
@@ -324,12 +326,21 @@ def spin(executor):
             return executor.spin()
 
 
+def keep_freed_memory():
+    """Have glibc keep what is freed: large tensors come and go a hundred times a second."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, num_bytes in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, 1 << 29)):
+            mallopt(parameter, num_bytes)
+
+
 def main(arguments=None) -> int:
     """
     Run the node until it is interrupted.
 
     :return: exit status: 0, or 1 when it could not start (the log says why).
     """
+    keep_freed_memory()
     rclpy.init(args=arguments)
     node = None
     try:

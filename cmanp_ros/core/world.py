@@ -34,6 +34,7 @@ FEW = 1 << 12  # pairs, padded ones included, that go together whatever their ti
 TARGETS_AT_ONCE = 4096
 ORDERED_AT_ONCE = 1 << 16  # targets of which those of a tile are brought together
 REFRESHED_AT_ONCE = 8  # tiles: some 20 ms
+REMEMBERED = 20  # refreshes: so often a tile that changes is solved before somebody asks again
 SOLVED_AT_ONCE = 16  # tiles: what their regressions need fits in caches
 
 
@@ -93,7 +94,7 @@ class World:
         self._regression = _Cache()
         self._latents = _Cache()
         self._ready = {}  # row -> the tile that was solved and encoded there last
-        self._asked = set()  # rows of tiles that somebody asked for since
+        self._asked = {}  # row -> how often the tile is still solved before somebody asks again
         self._solved, self._solved_at = set(), -1  # tiles, and `num_changes` then
 
     @property
@@ -129,7 +130,7 @@ class World:
             changes.append((some, state))
         for some, state in changes:
             self.tiles.change(some, state)
-            for row in set(self.tiles.rows(some).tolist()) - self._asked:
+            for row in set(self.tiles.rows(some).tolist()) - self._asked.keys():
                 self._ready.pop(row, None)  # or an answer might be very old
         self.tiles.totals['num_observations'] += len(x)
 
@@ -294,10 +295,13 @@ class World:
         rows = self.tiles.rows(keys)
         self._encode(rows)
         self._ready.update(zip(rows.tolist(), keys, strict=True))
-        self._asked.difference_update(rows.tolist())
+        for row in rows.tolist():
+            left = self._asked.pop(row, 0) - 1
+            if left > 0:
+                self._asked[row] = left
 
     def refresh_asked(self, keys: list[Key]):
-        """Refresh those tiles that somebody asked for since they were last solved."""
+        """Refresh those tiles that somebody asked for, now or some refreshes ago."""
         self.refresh(
             [
                 key
@@ -318,7 +322,7 @@ class World:
         self.refresh(known if renew else self._not_ready(known))
         if self._not_ready(known):  # what was needed beside them took the place of some
             self.refresh(known)
-        self._asked.update(self.tiles.rows(known).tolist())
+        self._asked.update(dict.fromkeys(self.tiles.rows(known).tolist(), REMEMBERED))
         row = self.tiles.rows(keys)[tile]
         there = row >= 0
         cover, row = Cover(*(part[there] for part in cover)), row[there]

@@ -933,23 +933,27 @@ def test_who_cannot_wait_still_gets_what_was_never_solved():
     assert_same_prediction(found, made.predict(x_target), rtol=0, atol=0)
 
 
-def test_what_was_asked_for_is_refreshed_in_steps_and_nothing_else(solved):
+def test_what_was_asked_for_is_refreshed_in_steps_for_a_while_and_nothing_else(
+    solved, monkeypatch
+):
+    monkeypatch.setattr(world, 'REMEMBERED', 2)
     x, y = points()
     made, x_target = world_of(x, y), targets()
     batches = made.tiles_over(x)
     assert sorted(key for some in batches for key in some) == made.tiles.keys()
     assert all(len(some) <= REFRESHED_AT_ONCE for some in batches)
-    for asks in (False, True, False):
+    for asks, is_solved in ((False, False), (True, True), (False, True), (False, False)):
         if asks:
             made.predict(x_target)
         made.fold(x, y + 1.0)
         solved()
         for some in batches:
             made.refresh_asked(some)
-        assert bool(solved()['posterior']) == asks
+        assert bool(solved()['posterior']) == is_solved
 
 
-def test_who_cannot_wait_gets_no_answer_from_before_the_last_refresh():
+def test_who_cannot_wait_gets_no_answer_from_before_the_last_refresh(monkeypatch):
+    monkeypatch.setattr(world, 'REMEMBERED', 1)
     x, y = points()
     made, x_target = world_of(x, y), targets()
     made.predict(x_target)
