@@ -94,7 +94,7 @@ def attend(
     """
     Attend to latents: a softmax over m keys for each of n queries.
     """
-    if key.shape[2] > FEW_KEYS or not len(query):
+    if key.shape[2] > FEW_KEYS:
         return F.scaled_dot_product_attention(query, key, value)
     scores = query @ (key * key.shape[-1] ** -0.5).mT
     return scores.softmax(-1) @ value

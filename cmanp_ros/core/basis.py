@@ -76,16 +76,14 @@ def factors(config: LeastSquaresConfig, x: Tensor) -> Factors:
     sine[:, :, 0], cosine[:, :, 0], cosine[:, :, 1] = u.sin(), 1.0, u.cos()
     known = 1
     while known < 2 * m:  # sin((k + j)u) and cos((k + j)u) of sin(ju) and cos(ju), j = 1 ... k
-        top_sine, top_cosine = (
-            part[:, :, place].unsqueeze(2) for part, place in ((sine, known - 1), (cosine, known))
-        )
         more = min(known, (m if known < m else 2 * m) - known)
-        new = slice(known, known + more)
-        some, others = sine[:, :, :more], cosine[:, :, 1 : more + 1]
+        top_sine, top_cosine = sine[:, :, known - 1, None], cosine[:, :, known, None]
+        low_sine, low_cosine = sine[:, :, :more], cosine[:, :, 1 : more + 1]
         if known < m:
-            torch.mul(top_cosine, some, out=sine[:, :, new]).addcmul_(top_sine, others)
-        new = cosine[:, :, known + 1 : known + more + 1]
-        torch.mul(top_cosine, others, out=new).addcmul_(top_sine, some, value=-1)
+            new = sine[:, :, known : known + more]
+            torch.mul(top_cosine, low_sine, out=new).addcmul_(top_sine, low_cosine)
+        new = cosine[:, :, known + 1 : known + 1 + more]
+        torch.mul(top_cosine, low_cosine, out=new).addcmul_(top_sine, low_sine, value=-1)
         known += more
     return Factors(sine, cosine, torch.cat([torch.ones_like(x[:, :1]), x / HALF_WIDTH], 1))
 
