@@ -71,6 +71,10 @@ def factors(config: LeastSquaresConfig, x: Tensor) -> Factors:
     """
     x, m = x.double().mT, config.functions_per_axis
     u = (x + config.box_half_width) * (pi / (2 * config.box_half_width))
+    linear = torch.cat([torch.ones_like(x[:, :1]), x / HALF_WIDTH], 1)
+    if u.requires_grad:  # nothing is written in place then
+        angles = u.unsqueeze(2) * torch.arange(2 * m + 1, device=u.device).unsqueeze(-1)
+        return Factors(angles[:, :, 1 : m + 1].sin(), angles.cos(), linear)
     sine = u.new_empty(*u.shape[:2], m, u.shape[2])
     cosine = u.new_empty(*u.shape[:2], 2 * m + 1, u.shape[2])
     sine[:, :, 0], cosine[:, :, 0], cosine[:, :, 1] = u.sin(), 1.0, u.cos()
@@ -85,7 +89,7 @@ def factors(config: LeastSquaresConfig, x: Tensor) -> Factors:
         new = cosine[:, :, known + 1 : known + 1 + more]
         torch.mul(top_cosine, low_cosine, out=new).addcmul_(top_sine, low_sine, value=-1)
         known += more
-    return Factors(sine, cosine, torch.cat([torch.ones_like(x[:, :1]), x / HALF_WIDTH], 1))
+    return Factors(sine, cosine, linear)
 
 
 def functions(config: LeastSquaresConfig, x: Tensor) -> Tensor:

@@ -28,9 +28,12 @@ def random_covariance(config, dim_x, *batch):
     return root @ root.mT / size
 
 
-def test_factors_are_sines_cosines_and_coordinates(case):
+@pytest.mark.parametrize('learns', [False, True])
+def test_factors_are_sines_cosines_and_coordinates(case, learns):
     dim_x, config, x = case
-    sine, cosine, linear = basis.factors(config, x)
+    sine, cosine, linear = (
+        part.detach() for part in basis.factors(config, x.clone().requires_grad_(learns))
+    )
     m = config.functions_per_axis
     for axis in range(dim_x):
         u = (x[..., axis].numpy() / config.box_half_width + 1) * (pi / 2)
