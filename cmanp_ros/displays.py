@@ -73,7 +73,8 @@ class Displays:
         """Publish where somebody listens, if the map changed or somebody new listens."""
         node = self._node
         wanted = [name for name, each in self._publishers.items() if each.get_subscription_count()]
-        version = (node.fleet.version, tuple(wanted), node.parameters, self._num_costmaps)
+        shown = node.fleet.version, node.intake.is_behind  # then what follows has more
+        version = (*shown, tuple(wanted), node.parameters, self._num_costmaps)
         if not wanted or not is_over(self._publishing) or version == self._published:
             return
         self._published = version

@@ -417,6 +417,31 @@ def test_status_tells_what_became_of_everything(start_node, client):
     assert wait_for(lambda: arrays)[-1].status[0].name == 'cmanp: field'
 
 
+def test_last_grid_has_what_was_being_folded_while_the_one_before_was_made(
+    start_node, client, monkeypatch
+):
+    node = start_node(publish_rate=20.0)
+    gate, refreshing = threading.Event(), node.field.refreshing
+    grids = client.collect(PointCloud2, 'cmanp/field', LATCHED)
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    points.publish(cloud(scattered(211)))
+    wait_until_folded(node, 211)
+    wait_for(lambda: grids and grids[-1].header.stamp.sec == 7)
+
+    def slowly(x):
+        while not gate.wait(0.01):
+            yield
+        yield from refreshing(x)
+
+    monkeypatch.setattr(node.field, 'refreshing', slowly)
+    points.publish(cloud(scattered(53, seed=1), sec=9))
+    wait_for(lambda: node.field.num_observations == 264)
+    before = len(grids)
+    wait_for(lambda: len(grids) > before)
+    gate.set()
+    wait_for(lambda: grids[-1].header.stamp.sec == 9)
+
+
 @pytest.fixture
 def held_up(start_node, client):
     """Return a node whose worker does nothing, what lets it go on, and a request that waits."""
