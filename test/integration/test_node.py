@@ -122,19 +122,24 @@ def test_queries_that_wait_are_answered_together_and_each_its_own(start_node, cl
         np.testing.assert_allclose([mean, stddev], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_query_does_not_wait_for_what_is_being_folded_and_says_so(start_node, client, monkeypatch):
-    node = start_node()
-    x, gate, refreshing = scattered(31, seed=3), threading.Event(), node.field.refreshing
-    node.field.observe(scattered(301), height(scattered(301)))
-    before = node.field.predict(x)
+def hold_refresh(node, monkeypatch, gate):
+    """Have a node solve what it folds only once an event is set."""
+    refreshing = node.field.refreshing
 
     def slowly(x):
-        yield from refreshing(x[:0])
         while not gate.wait(0.01):
             yield
         yield from refreshing(x)
 
     monkeypatch.setattr(node.field, 'refreshing', slowly)
+
+
+def test_query_does_not_wait_for_what_is_being_folded_and_says_so(start_node, client, monkeypatch):
+    node = start_node()
+    x, gate = scattered(31, seed=3), threading.Event()
+    node.field.observe(scattered(301), height(scattered(301)))
+    before = node.field.predict(x)
+    hold_refresh(node, monkeypatch, gate)
     predictions = client.collect(Prediction, 'cmanp/prediction', 10)
     queries = client.publisher(Query, 'query')
     wait_for(lambda: client.node.count_publishers('cmanp/prediction'))
@@ -421,19 +426,14 @@ def test_last_grid_has_what_was_being_folded_while_the_one_before_was_made(
     start_node, client, monkeypatch
 ):
     node = start_node(publish_rate=20.0)
-    gate, refreshing = threading.Event(), node.field.refreshing
+    gate = threading.Event()
     grids = client.collect(PointCloud2, 'cmanp/field', LATCHED)
     points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
     points.publish(cloud(scattered(211)))
     wait_until_folded(node, 211)
     wait_for(lambda: grids and grids[-1].header.stamp.sec == 7)
 
-    def slowly(x):
-        while not gate.wait(0.01):
-            yield
-        yield from refreshing(x)
-
-    monkeypatch.setattr(node.field, 'refreshing', slowly)
+    hold_refresh(node, monkeypatch, gate)
     points.publish(cloud(scattered(53, seed=1), sec=9))
     wait_for(lambda: node.field.num_observations == 264)
     before = len(grids)
