@@ -15,6 +15,10 @@ def start() -> tuple[int, int]:
     if int(os.environ.get('WORLD_SIZE', '1')) == 1:
         return 0, 1
     if not distributed.is_initialized():
+        # torch.optim imports it, and its default arguments keep a group that is there by then: the
+        # group's threads would outlive stop(), and one that the end of Python meets aborts it
+        from torch.distributed import nn  # noqa: F401
+
         has_gpu = torch.cuda.is_available()
         if has_gpu:
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']) % torch.cuda.device_count())

@@ -159,6 +159,35 @@ def test_two_processes_train_the_same_weights_as_one(files):
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
 
+LEAVES = """
+import os
+import torch
+from cmanp_ros.training import distributed
+
+distributed.start()
+parameter = torch.nn.Parameter(torch.ones(3))
+optimizer = torch.optim.AdamW([parameter], 1e-3)
+parameter.sum().backward()
+distributed.average([parameter.grad])
+optimizer.step()
+for when in ('in', 'after'):
+    names = [open(f'/proc/self/task/{id_}/comm').read() for id_ in os.listdir('/proc/self/task')]
+    print(when, sum('gloo' in name for name in names), end=';', flush=True)
+    distributed.stop()
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='/proc names the threads of a process')
+def test_no_thread_of_a_group_outlives_it(tmp_path):
+    """One that the end of Python meets aborts the process."""
+    (tmp_path / 'leaves.py').write_text(LEAVES)
+    output = run([*TORCHRUN, str(tmp_path / 'leaves.py')])
+    counts = dict.fromkeys(['in', 'after'], 0)
+    for when, count in re.findall(r'(in|after) (\d+);', output):
+        counts[when] += int(count)
+    assert counts['in'] >= 2 and counts['after'] == 0
+
+
 def fails(capsys, words):
     """Run the command in this process, and return what it says."""
     assert cli.main(['train', *words]) == 1
