@@ -16,7 +16,7 @@ from torch import Tensor
 from cmanp_ros.core import basis
 from cmanp_ros.core.config import LeastSquaresConfig
 from cmanp_ros.core.lattice import HALF_WIDTH
-from cmanp_ros.core.linalg import OVERSAMPLING, cholesky, low_rank
+from cmanp_ros.core.linalg import OVERSAMPLING, bordered, cholesky, eliminate, low_rank
 
 
 class LeastSquaresSums(NamedTuple):
@@ -200,7 +200,7 @@ def forget(a: LeastSquaresSums, factor: float) -> LeastSquaresSums:
 
 
 NUM_SUMMARIES = 8
-MATRICES_AT_ONCE = 16  # that are factorized together: they fit in caches
+MATRICES_AT_ONCE = 40  # that are factorized together: they fit in caches
 FEW = (24, 40)  # points of a tile: their covariance is factorized, not all weights'
 FAR_MORE = 8.0  # times the median number of points in a voxel
 
@@ -239,15 +239,10 @@ def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums)
     shape = len(gram), len(variances) * len(noise2)
     explained, log_determinant = gram.new_empty(*shape, moment.shape[-1]), gram.new_empty(shape)
     for tiles, *factors in _systems(a, gram, moment):
-        given, solve, at_once = factors, _solve_few, MATRICES_AT_ONCE
-        if not factors:
-            given, solve = (gram[tiles], moment[tiles]), _solve
-            at_once = max(1, MATRICES_AT_ONCE // len(noise2))
-        for some in torch.arange(len(tiles)).split(at_once):
-            own = [part[some] for part in given]
-            kernels = [solve(*own, variance, noise2) for variance in variances]
-            explained[tiles[some]], log_determinant[tiles[some]] = (
-                torch.cat(part, 1) for part in zip(*kernels, strict=True)
+        given, solve = (factors, _solve_few) if factors else ((gram[tiles], moment[tiles]), _solve)
+        for some in torch.arange(len(tiles)).split(max(1, MATRICES_AT_ONCE // shape[1])):
+            explained[tiles[some]], log_determinant[tiles[some]] = solve(
+                *(part[some] for part in given), variances, noise2
             )
     noise2 = noise2.repeat(len(variances))
     left = (sum_squares.unsqueeze(1) - explained) / noise2.unsqueeze(-1)
@@ -272,35 +267,34 @@ def _systems(a, gram, moment):
     yield (others.nonzero()[:, 0],)
 
 
-def _solve(gram, moment, variance, noise2):
+def _solve(gram, moment, variances, noise2):
     """
-    Return squares explained (batch, noises, dim_y), and half log determinants (batch, noises).
+    Return squares explained (batch, settings, dim_y), half log determinants (batch, settings).
 
-    :param variance: (num_functions,) of the weights.
+    :param variances: (kernels, num_functions) of the weights; noise2 (noises,).
     """
-    scale = variance.sqrt()
-    factor = _factor(gram.unsqueeze(1).expand(-1, len(noise2), -1, -1), scale, noise2)
-    rhs = (moment * scale.unsqueeze(-1)).unsqueeze(1).expand(-1, len(noise2), -1, -1)
-    half = torch.linalg.solve_triangular(factor, rhs, upper=False)
-    return half.square().sum(-2), _half_log_determinant(factor, noise2)
+    scale, k = variances.sqrt(), moment.shape[-1]
+    scale = torch.cat([scale, scale.new_ones(len(scale), k)], 1)
+    border = bordered(gram, moment).unsqueeze(1) * (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    explained, half_log = eliminate(border.flatten(0, 1), noise2, k)
+    half_log = half_log - gram.shape[-1] / 2 * noise2.log()  # that of the noise alone
+    return tuple(
+        part.unflatten(0, border.shape[:2]).flatten(1, 2) for part in (explained, half_log)
+    )
 
 
-def _solve_few(rows, right, variance, noise2):
+def _solve_few(rows, right, variances, noise2):
     """
     Return the same of sums given by their factors, see `_systems`.
     """
-    inner = (rows * variance) @ rows.mT
-    factor = _noisy_factor(inner.unsqueeze(1).repeat(1, len(noise2), 1, 1), noise2)
-    rhs = right.unsqueeze(1).expand(-1, len(noise2), -1, -1)
-    half = torch.linalg.solve_triangular(factor, rhs, upper=False)
-    explained = right.square().sum(1).unsqueeze(1) - noise2.unsqueeze(1) * half.square().sum(-2)
-    return explained, _half_log_determinant(factor, noise2)
-
-
-def _half_log_determinant(factor, noise2):
-    """Return half the log determinant of (batch, noises, n, n), less that of the noise alone."""
-    logs = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return logs - factor.shape[-1] / 2 * noise2.log()
+    inner = (rows.unsqueeze(1) * variances.unsqueeze(1)) @ rows.mT.unsqueeze(1)
+    each = right.unsqueeze(1).expand(-1, len(variances), -1, -1)
+    border = bordered(inner.flatten(0, 1), each.flatten(0, 1))
+    half, half_log = eliminate(border, noise2, right.shape[-1])
+    half_log = half_log - rows.shape[1] / 2 * noise2.log()
+    half, half_log = (part.unflatten(0, inner.shape[:2]) for part in (half, half_log))
+    explained = right.square().sum(1)[:, None, None] - noise2.unsqueeze(1) * half
+    return explained.flatten(1, 2), half_log.flatten(1, 2)
 
 
 def _noise2(config, like):

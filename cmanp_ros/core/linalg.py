@@ -17,6 +17,7 @@ from torch import Tensor
 
 OVERSAMPLING = 8  # or some matrices would hardly be seen in one of their directions
 SHIFT = 1e-15  # of the trace: a matrix of low rank is definite with it, and hardly another one
+BEYOND = 1e200  # any square of what observations give: the corner of a matrix with a border
 NOTHING = 3e-11  # of the trace: what `SHIFT` may take from a matrix
 
 
@@ -33,6 +34,49 @@ def cholesky(matrix: Tensor) -> Tensor:
             return torch.from_numpy(np.linalg.cholesky(matrix.numpy()))
     except np.linalg.LinAlgError as error:
         raise torch.linalg.LinAlgError(f'matrix {tuple(matrix.shape)}: {error}') from error
+
+
+def bordered(matrix: Tensor, right: Tensor) -> Tensor:
+    """
+    Return symmetric matrices with right-hand sides beside and below: what `eliminate` takes.
+
+    :param matrix: (batch, n, n); `right` (batch, n, k).
+    :return: (batch, n + k, n + k).
+    """
+    n, k = right.shape[-2:]
+    corner = BEYOND * torch.eye(k, dtype=right.dtype, device=right.device).expand(len(right), k, k)
+    above, below = torch.cat([matrix, right], -1), torch.cat([right.mT, corner], -1)
+    return torch.cat([above, below], -2)
+
+
+def eliminate(border: Tensor, ridge: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """
+    Solve halfway, with L the Cholesky factor of a matrix plus a ridge on its diagonal.
+
+    In two halves, or matrices of 100 rows would take 1.3 times as long: between the halves are
+    products, at the full rate of the processor. What is right of a matrix is solved by the last
+    rows of the factor of all.
+
+    :param border: (batch, n + k, n + k), see `bordered`.
+    :param ridge: (ridges,); each matrix is solved with each.
+    :param k: number of right-hand sides.
+    :return: column sums of (L^-1 right)^2, (batch, ridges, k); half the log determinant of the
+        matrix with its ridge, (batch, ridges).
+    """
+    border, size = border.unsqueeze(1), border.shape[-1]
+    half, rest = size // 2, size - size // 2 - k
+    first = border[..., :half, :half].repeat(1, len(ridge), 1, 1)
+    first.diagonal(dim1=-2, dim2=-1).add_(ridge.unsqueeze(-1))
+    first = cholesky(first)
+    right = border[..., :half, half:].expand(-1, len(ridge), -1, -1)
+    across = torch.linalg.solve_triangular(first, right, upper=False)
+    second = border[..., half:, half:].repeat(1, len(ridge), 1, 1)
+    second.diagonal(dim1=-2, dim2=-1)[..., :rest].add_(ridge.unsqueeze(-1))
+    second = second.flatten(0, 1).baddbmm_(across.mT.flatten(0, 1), across.flatten(0, 1), alpha=-1)
+    second = cholesky(second).unflatten(0, first.shape[:2])
+    solved = across[..., rest:].square().sum(-2) + second[..., rest:, :rest].square().sum(-1)
+    logs = [part.diagonal(dim1=-2, dim2=-1).log() for part in (first, second[..., :rest, :rest])]
+    return solved, torch.cat(logs, -1).sum(-1)
 
 
 def low_rank(matrix: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

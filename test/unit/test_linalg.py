@@ -24,6 +24,18 @@ def test_matrix_that_is_not_positive_definite_is_refused():
         linalg.cholesky(-torch.eye(2, dtype=torch.float64)[None])
 
 
+@pytest.mark.parametrize('n, k', [(1, 1), (2, 2), (5, 1), (6, 3), (103, 1)])
+def test_elimination_equals_a_solution_at_once(n, k):
+    root = torch.randn(3, n, n, dtype=torch.float64)
+    matrix, right = root @ root.mT, torch.randn(3, n, k, dtype=torch.float64)
+    ridge = torch.tensor([0.3, 2.0], dtype=torch.float64)
+    solved, half_log = linalg.eliminate(linalg.bordered(matrix, right), ridge, k)
+    whole = matrix.unsqueeze(1) + ridge[:, None, None] * torch.eye(n, dtype=torch.float64)
+    explained = (right.unsqueeze(1) * torch.linalg.solve(whole, right.unsqueeze(1))).sum(2)
+    torch.testing.assert_close(solved, explained)
+    torch.testing.assert_close(half_log, torch.linalg.slogdet(whole).logabsdet / 2)
+
+
 @pytest.mark.parametrize('rank', [0, 1, 5, 8])
 def test_matrix_of_low_rank_is_factorized(rank):
     root = torch.randn(3, rank, 29, dtype=torch.float64)
