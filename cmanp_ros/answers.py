@@ -82,12 +82,12 @@ class Answers:
         try:
             field, targets = self._node.fleet.combined, [x for _, x, _ in waiting]
             ends = np.cumsum([len(x) for x in targets])[:-1]
-            intake = self._node.intake
-            found = field.predict(np.concatenate(targets), renew=not intake.is_behind)
+            refresher = self._node.refresher
+            found = field.predict(np.concatenate(targets), renew=not refresher.is_behind)
             found = (np.split(part, ends) for part in found)
             for (query_id, x, result), mean, stddev in zip(waiting, *found, strict=True):
                 self._prediction.publish(
-                    self._message(field, x, mean, stddev, intake.shown, query_id)
+                    self._message(field, x, mean, stddev, refresher.shown, query_id)
                 )
                 result.set_result(None)
         except Exception as error:  # it belongs to whoever asked

@@ -73,7 +73,7 @@ class Displays:
         """Publish where somebody listens, if the map changed or somebody new listens."""
         node = self._node
         wanted = [name for name, each in self._publishers.items() if each.get_subscription_count()]
-        shown = node.fleet.version, node.intake.is_behind  # then what follows has more
+        shown = node.fleet.version, node.refresher.is_behind  # then what follows has more
         version = (*shown, tuple(wanted), node.parameters, self._num_costmaps)
         if not wanted or not is_over(self._publishing) or version == self._published:
             return
@@ -109,14 +109,14 @@ class View:
         self._field = node.fleet.combined
         self._grid = visualization.grid_targets(*self._window(), self._p.grid_resolution)
         self._mean, self._stddev = np.empty((2, len(self._grid.targets)))
-        self._header = node.header(node.intake.shown[0])  # no cell is older
+        self._header = node.header(node.refresher.shown[0])  # no cell is older
 
     def predict(self):
         """Predict the grid: an iterator, a few cells at a time."""
         x = self._grid.targets
         for start in range(0, len(x), CELLS_AT_ONCE):
             cells = slice(start, start + CELLS_AT_ONCE)
-            mean, stddev = self._field.predict(x[cells], not self._node.intake.is_behind)
+            mean, stddev = self._field.predict(x[cells], not self._node.refresher.is_behind)
             self._mean[cells], self._stddev[cells] = mean[:, 0], stddev[:, 0]
             yield
 

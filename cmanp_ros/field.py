@@ -6,6 +6,7 @@ The only object that the node holds; usable without ROS.
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from uuid import uuid4
 
@@ -21,10 +22,13 @@ from cmanp_ros.core.errors import (
     StateMismatchError,
 )
 from cmanp_ros.core.lattice import geometry
+from cmanp_ros.core.solver import Task
 from cmanp_ros.core.tiles import keys_of
 from cmanp_ros.store import TileStore
 
 OK, OUTSIDE, NOT_FINITE = 0, 1, 2  # status of a target, as in Prediction.msg
+REFRESHED_AT_ONCE = 8  # tiles: some 20 ms
+REFRESHED_ELSEWHERE = 32  # tiles: fewer steps, and nobody waits for one
 TILES_PER_SIDE = 10  # of the finest, along the longest side of the bounds
 LARGEST_COUNT = 2**53  # of observations: beyond it a float64 does not count
 LARGEST_VALUE = 1e6  # [value_scale] a value further from value_offset is a fault of its source
@@ -491,11 +495,29 @@ class NeuralField:
 
         :param x: (n, dim_x) [m] where something was observed.
         """
-        x = _as_matrix(x, self.model.config.dim_x, 'x')
-        for tiles in self.world.tiles_over(self._tensor(x[self.status(x) == OK])):
+        for tiles in self._tiles_over(x, REFRESHED_AT_ONCE):
             with torch.inference_mode():
-                self.world.refresh_asked(tiles)
+                self.world.refresh(self.world.asked(tiles))
             yield
+
+    def refreshing_elsewhere(self, x) -> Iterator[list[Task]]:
+        """
+        Do as `refreshing`, and leave the work to others: see `World.refreshing`.
+
+        Observations may be folded, and predictions made, between two steps.
+        """
+        for tiles in self._tiles_over(x, REFRESHED_ELSEWHERE):
+            with torch.inference_mode():
+                steps, results = self.world.refreshing(self.world.asked(tiles)), None
+            with suppress(StopIteration):
+                while True:
+                    with torch.inference_mode():
+                        tasks = steps.send(results)
+                    results = yield tasks
+
+    def _tiles_over(self, x, limit):
+        x = _as_matrix(x, self.model.config.dim_x, 'x')
+        return self.world.tiles_over(self._tensor(x[self.status(x) == OK]), limit)
 
     def predict_joint(self, x) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """

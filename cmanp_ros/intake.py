@@ -122,7 +122,6 @@ class Intake:
         self.newest_x = np.add(node.parameters.bounds_min, node.parameters.bounds_max) / 2
         self.track = Track(2 * node.parameters.grid_resolution)
         """Where the sensors were; for points in the map frame, the middle of their message."""
-        self._shown = None
         self.paused = False
         self.folded_at = None  # [s] of the monotonic clock
         self._latency = Latency()
@@ -146,16 +145,6 @@ class Intake:
     def latency_sec(self) -> float | None:
         """Return the median time [s] from a message to the map with it; None before the first."""
         return self._latency.median()
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether observations are being folded now that answers do not have all of."""
-        return self._shown is not None
-
-    @property
-    def shown(self) -> tuple[int, int]:
-        """Newest stamp [ns], and number, of the observations that answers have for certain."""
-        return self._shown or (self.newest_stamp, self._node.fleet.combined.num_observations)
 
     def nothing_yet(self) -> Provenance:
         """Return the provenance of an empty map."""
@@ -194,7 +183,7 @@ class Intake:
             clock jumped back.
         """
         self._num_resets += 1  # what is left of the message being folded is left out
-        self._shown = None
+        self._node.refresher.begin_again()
         for batch in self._node.worker.clear():
             self._clear([batch], len(batch))
         self._node.transforms.clear()
@@ -268,18 +257,19 @@ class Intake:
         """
         Fold messages, and refresh the map, a little at a time: an iterator, see `Worker`.
 
-        Whoever asks meanwhile need not wait for it: see `shown`.
+        Whoever asks meanwhile need not wait for it: see `Refresher`.
         """
-        self._shown = self.shown
+        refresher = self._node.refresher
+        refresher.begin_fold()
         try:
             for _, of_source in groupby(batches, lambda batch: batch.source.name):
                 if parts := list(self._parts(of_source)):
                     usable, x, y = zip(*parts, strict=True)
                     x, y = np.concatenate(x), np.concatenate(y)
                     yield from self._fold(usable, x, y)
-                    yield from self._refresh(x)
+                    yield from refresher.refresh(x)
         finally:
-            self._shown = None
+            refresher.end_fold()
 
     def _parts(self, batches):
         """Yield each message with its points that take part, x and y in the map frame."""
@@ -318,13 +308,6 @@ class Intake:
                 self._latency.add(self.folded_at - batch.received_at)
         except Exception as error:
             self._fail(batches, waiting, error)
-
-    def _refresh(self, x):
-        """Solve the map where points were folded, x (n, dim_x); a fault costs nobody's points."""
-        try:
-            yield from self._node.fleet.combined.refreshing(x)
-        except Exception as error:
-            self._node.warn('internal_error', f'a fault, the node goes on: {error!r}')
 
     def _taken(self, batch):
         """Return the points of a message that take part, x and y in the map frame."""

@@ -4,12 +4,12 @@ The ROS 2 node: wiring only.
 ::
 
     observations -> intake -> worker -> map <- worker <- answers <- queries, requests
+                                         |- refresher: what answers have of it
                                          |- displays -> grids, markers
                                          ^- control: pause, reset, save, load, merge, undo, peers
 """
 
 import contextlib
-import ctypes
 import functools
 import signal
 import sys
@@ -38,12 +38,13 @@ from cmanp_ros.fleet import Fleet
 from cmanp_ros.health import Calibration
 from cmanp_ros.intake import Intake
 from cmanp_ros.maps import empty_map
+from cmanp_ros.memory import keep_freed_memory
+from cmanp_ros.refresher import Refresher
 from cmanp_ros.status import Status
 from cmanp_ros.transforms import TransformListener
 from cmanp_ros.worker import Worker
 
 WARNING_PERIOD_SEC = 10.0
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class CMANPNode(LifecycleNode):
@@ -75,7 +76,8 @@ class CMANPNode(LifecycleNode):
         self._inputs, self._outputs, self._is_open = [], [], False
         self._jump_handle = None
         self.fleet = self.worker = self.transforms = None
-        self.intake = self.answers = self.displays = self.control = self.status = None
+        self.intake = self.refresher = self.answers = self.displays = None
+        self.control = self.status = None
 
     @property
     def field(self) -> NeuralField | None:
@@ -94,7 +96,7 @@ class CMANPNode(LifecycleNode):
             self.fleet = Fleet(empty_map(p), p.map_frame)
             self.field.warm_up(np.array([p.bounds_min]))
             self.transforms = TransformListener(self, p.tf_timeout, p.map_frame, p.max_pending)
-            self.intake = Intake(self)
+            self.intake, self.refresher = Intake(self), Refresher(self)
             self.worker = Worker(self.intake.fold, p.queue_size, p.chunk_size, p.batch_window)
             self.answers, self.displays = Answers(self), Displays(self)
             self.control = Control(self)
@@ -147,12 +149,14 @@ class CMANPNode(LifecycleNode):
         self._close(self._outputs)
         if self.worker is not None:
             self.worker.stop()
+            self.refresher.close()
         if self.transforms is not None:
             self.transforms.close()
         if self.fleet is not None:
             self.fleet.own.close()
         self.fleet = self.worker = self.transforms = None
-        self.intake = self.answers = self.displays = self.control = self.status = None
+        self.intake = self.refresher = self.answers = self.displays = None
+        self.control = self.status = None
         return TransitionCallbackReturn.SUCCESS
 
     def on_shutdown(self, state):
@@ -324,14 +328,6 @@ def spin(executor):
     while True:
         with contextlib.suppress(InvalidHandle):
             return executor.spin()
-
-
-def keep_freed_memory():
-    """Have glibc keep what is freed: large tensors come and go a hundred times a second."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, num_bytes in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, 1 << 29)):
-            mallopt(parameter, num_bytes)
 
 
 def main(arguments=None) -> int:

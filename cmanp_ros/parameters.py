@@ -164,6 +164,13 @@ class NodeParameters:
     )
     device: str = _parameter('cpu', "Where the model runs: 'cpu', 'cuda' or 'cuda:<index>'.")
     num_threads: int = _parameter(1, 'CPU threads that the model may use.', lower=1, upper=64)
+    max_processes: int = _parameter(
+        2,
+        'With 2 a second process solves what was observed, once observations come faster than one '
+        'folds and solves them; it takes some 250 MB of memory. On a CPU only.',
+        lower=1,
+        upper=2,
+    )
     map_frame: str = _parameter(
         'map', 'Frame in which the field is kept; observations and queries are transformed to it.'
     )

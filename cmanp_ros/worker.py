@@ -151,12 +151,15 @@ class Worker:
         """Answer all that was asked until now, and go on with long work if it is its turn."""
         began_at = time.monotonic()
         self._answer()  # who asks all the time holds up nobody: the questions of now
-        self._served_at = time.monotonic()
-        self._served_for = self._served_at - began_at
-        if self._long and self._served_at >= self._may_go_on_at:
+        answered_at = time.monotonic()
+        if self._long and answered_at >= self._may_go_on_at:
             self._go_on()
             now = time.monotonic()
-            self._may_go_on_at = now + (now - self._served_at) * (1 / LONG_SHARE - 1)
+            self._may_go_on_at = now + (now - answered_at) * (1 / LONG_SHARE - 1)
+            began_at += now - answered_at
+            self._answer()  # of meanwhile: they shall not wait for observations, too
+        self._served_at = time.monotonic()
+        self._served_for = self._served_at - began_at
 
     def _go_on(self):
         """Take one step of the long work that waited longest."""

@@ -9,6 +9,8 @@ cannot wait for tiles to be solved is answered from those that were solved last 
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from cmanp_ros.core.errors import InputError, StateMismatchError
 from cmanp_ros.core.lattice import Cover, Lattice, OneTile
 from cmanp_ros.core.least_squares import Evidence, Regression
 from cmanp_ros.core.model import CMANP, Decoded, Prior
+from cmanp_ros.core.solver import Solver, Task
 from cmanp_ros.core.state import State, concatenate, merge
 from cmanp_ros.core.tiles import Key, Tiles, keys_of
 
@@ -33,9 +36,7 @@ AT_ONCE = 1 << 13  # points or targets times tiles: bounds the memory of one ste
 FEW = 1 << 12  # pairs, padded ones included, that go together whatever their tiles
 TARGETS_AT_ONCE = 4096
 ORDERED_AT_ONCE = 1 << 16  # targets of which those of a tile are brought together
-REFRESHED_AT_ONCE = 8  # tiles: some 20 ms
 REMEMBERED = 20  # refreshes: so often a tile that changes is solved before somebody asks again
-SOLVED_AT_ONCE = 16  # tiles: what their regressions need fits in caches
 
 
 class NotFiniteError(InputError):
@@ -78,10 +79,8 @@ class World:
         """
         self.model, self.geometry = model, geometry
         self.tiles = Tiles(model, max_tiles, store, undo_window_sec)
-        config = model.config
-        self._options = config.least_squares
-        if self._options is not None:
-            self._variances = least_squares.prior_variances(self._options, config.dim_x)
+        self._options, self._solver = model.config.least_squares, Solver(model)
+        self._epoch = 0
         self.clear()
 
     def clear(self):
@@ -94,8 +93,19 @@ class World:
         self._regression = _Cache()
         self._latents = _Cache()
         self._ready = {}  # row -> the tile that was solved and encoded there last
+        self._begin_epoch()
         self._asked = {}  # row -> how often the tile is still solved before somebody asks again
         self._solved, self._solved_at = set(), -1  # tiles, and `num_changes` then
+
+    def _begin_epoch(self):
+        """Have nobody answered from what was solved, or is being solved, until now."""
+        self._ready.clear()
+        self._epoch += 1
+
+    @property
+    def _era(self):
+        """As long as it lasts, what is solved is of use, and lies in the same rows."""
+        return self._epoch, self.tiles.num_moves
 
     @property
     def nbytes(self) -> int:
@@ -148,7 +158,7 @@ class World:
         for some in self._batches(other.tiles.keys(), other.tiles.max_tiles):
             theirs = other.tiles.state(other.tiles.rows(some))
             self.tiles.change(some, merge(self.tiles.state_of(some), theirs))
-        self._ready.clear()
+        self._begin_epoch()
         self.tiles.totals['num_observations'] += other.num_observations
 
     def changed_since(self, earlier: 'World | None') -> list[Key] | None:
@@ -178,12 +188,12 @@ class World:
             for part in parts[1:]:
                 state = merge(state, part.tiles.state_of(some))
             self.tiles.change(some, state)
-        self._ready.clear()
+        self._begin_epoch()
         self.tiles.totals['num_observations'] = sum(part.num_observations for part in parts)
 
     def undo(self, seconds: float, now: float) -> float:
         """Take back the last seconds: see `Tiles.undo`."""
-        self._ready.clear()
+        self._begin_epoch()
         return self.tiles.undo(seconds, now)
 
     def export(self) -> tuple[list[Key], State | None]:
@@ -283,32 +293,77 @@ class World:
             samples[:, chunk] = mixture.mean + field * deviation
         return samples
 
-    def tiles_over(self, x: Tensor) -> list[list[Key]]:
-        """Return the tiles that cover locations (n, dim_x), as many together as go in a moment."""
-        return self._batches(_unique(self.geometry.cover(x).key)[0], REFRESHED_AT_ONCE)
+    def tiles_over(self, x: Tensor, limit: int) -> list[list[Key]]:
+        """Return the tiles that cover locations (n, dim_x), so many together."""
+        return self._batches(_unique(self.geometry.cover(x).key)[0], limit)
 
     def refresh(self, keys: list[Key]):
         """Solve and encode tiles that changed, which the next prediction would do otherwise."""
+        steps, results = self.refreshing(keys), None
+        with suppress(StopIteration):
+            while True:
+                results = self._solver.do(steps.send(results))
+
+    def refreshing(self, keys: list[Key]) -> Iterator[list[Task]]:
+        """
+        Do as `refresh`, in steps: send each the results of its tasks, from any `Solver`.
+
+        The map may change meanwhile: tiles are solved as they are at the first step.
+        """
         self.tiles.rows(keys)  # what faded changes now
+        levels = []
         if self._options is not None:
-            self._regress(keys)
-        rows = self.tiles.rows(keys)
-        self._encode(rows)
+            if self._solved_at != self.tiles.num_changes:
+                self._solved.clear()
+            levels = self._needed([key for key in keys if key not in self._solved])
+        near = [key for _, members in levels for key in members]
+        rows, near = self.tiles.rows([*keys, *near]).split([len(keys), len(near)])
+        era, then = self._era, self.tiles.num_changes
+        version = self.tiles.versions()
+        unknown = self._evidence.stale(near, version[near])
+        old = self._latents.stale(rows, version[rows])
+        sums, tasks = self.tiles.state(unknown).least_squares, []
+        if len(unknown):
+            tasks.append(Task('evidence', (sums,)))
+        if len(old):
+            tasks.append(Task('latents', (self.tiles.state(old).attention,)))
+        results = (yield tasks) if tasks else []
+        if self._era != era:
+            return
+        if len(old):
+            self._latents.put(old, results.pop(), version[old])
+        if len(unknown):
+            self._evidence.put(unknown, results.pop(), version[unknown])
+
+        if levels:
+            solved, scale, weight = self._hyperparameters(levels, set(keys))
+            inputs = torch.cat([scale.unsqueeze(1), weight], 1).flatten(1)
+            inputs = torch.cat([version[solved].unsqueeze(1).double(), inputs], 1)
+            stale = self._regression.is_stale(solved, inputs).nonzero()[:, 0]
+            if len(stale):
+                some, scale, weight = solved[stale], scale[stale], weight[stale]
+                own = self._sums_of(some, unknown, sums)
+                evidence = Evidence(*self._evidence.get(some))
+                (marginals,) = yield [Task('marginals', (own, evidence, scale, weight))]
+                if self._era != era:
+                    return
+                self._regression.put(some, (*marginals, scale, weight), inputs[stale])
+        if self.tiles.num_changes == then:
+            self._solved.update(keys)
+            self._solved_at = then
         self._ready.update(zip(rows.tolist(), keys, strict=True))
         for row in rows.tolist():
             left = self._asked.pop(row, 0) - 1
             if left > 0:
                 self._asked[row] = left
 
-    def refresh_asked(self, keys: list[Key]):
-        """Refresh those tiles that somebody asked for, now or some refreshes ago."""
-        self.refresh(
-            [
-                key
-                for row, key in zip(self.tiles.rows(keys).tolist(), keys, strict=True)
-                if row in self._asked and self._ready.get(row) == key
-            ]
-        )
+    def asked(self, keys: list[Key]) -> list[Key]:
+        """Return those tiles that somebody asked for, now or some refreshes ago."""
+        return [
+            key
+            for row, key in zip(self.tiles.rows(keys).tolist(), keys, strict=True)
+            if row in self._asked and self._ready.get(row) == key
+        ]
 
     def pairs(self, x: Tensor, renew: bool = True) -> Pairs:
         """
@@ -417,26 +472,13 @@ class World:
         rows = self.tiles.rows(keys).tolist()
         return [key for row, key in zip(rows, keys, strict=True) if self._ready.get(row) != key]
 
-    def _encode(self, rows):
-        """Keep keys and values of the latents of tiles, for each layer (tiles, latents, ...)."""
-        version = self.tiles.version(rows)
-        for stale in _some(self._latents.stale(rows, version), 256):
-            made = self.model.latents(self.tiles.state(stale).attention)
-            self._latents.put(stale, made, self.tiles.version(stale))
+    def _hyperparameters(self, levels, wanted):
+        """
+        Return rows, amplitude scales and weights of wanted tiles, from the evidence of all.
 
-    def _regress(self, keys: list[Key]):
+        :param levels: of `_needed`.
         """
-        Solve the regressions of tiles, with what they take from the tiles around and above.
-        """
-        if self._solved_at != self.tiles.num_changes:
-            self._solved.clear()
-        keys = [key for key in keys if key not in self._solved]
-        if not keys:
-            return
-        levels = self._needed(keys)
-        rows = self.tiles.rows([key for _, members in levels for key in members])  # into memory
-        self._find_evidence(rows)
-        wanted, amplitude, found = set(keys), {}, []
+        amplitude, found = {}, []
         for solved, members in reversed(levels):  # from coarse to fine
             scale = self._amplitude_prior(members, amplitude)
             place = {key: i for i, key in enumerate(members)}
@@ -448,9 +490,16 @@ class World:
             amplitude |= zip(solved, means, strict=True)
             chosen = torch.tensor([key in wanted for key in solved], dtype=torch.bool)
             found.append((rows[chosen], scale[chosen], weight[chosen]))
-        self._solve(*map(torch.cat, zip(*found, strict=True)))
-        self._solved.update(keys)
-        self._solved_at = self.tiles.num_changes
+        return map(torch.cat, zip(*found, strict=True))
+
+    def _sums_of(self, rows, known, sums):
+        """Return the sums of tiles, those of the `known` rows as they were then."""
+        now = self.tiles.state(rows).least_squares
+        place = torch.searchsorted(known, rows).clamp(max=max(len(known) - 1, 0))
+        is_known = known[place] == rows if len(known) else torch.zeros_like(rows, dtype=torch.bool)
+        for part, then in zip(now, sums, strict=True):
+            part[is_known] = then[place[is_known]]
+        return now
 
     def _needed(self, keys):
         """
@@ -489,31 +538,11 @@ class World:
         steps = ((total - total.amax(1, keepdim=True)).exp() / WEIGHT_STEP).round()
         return steps / steps.sum(1, keepdim=True)
 
-    def _solve(self, rows, scale, weight):
-        """Solve the regressions of tiles whose sums or hyperparameters changed."""
-        inputs = torch.cat([scale.unsqueeze(1), weight], 1).flatten(1)
-        version = torch.cat([self.tiles.version(rows).unsqueeze(1).double(), inputs], 1)
-        is_stale = self._regression.is_stale(rows, version)
-        for part in _some(is_stale.nonzero()[:, 0], SOLVED_AT_ONCE):
-            some, hyperparameters = rows[part], (scale[part], weight[part])
-            *marginal, _ = self._posterior(some, *hyperparameters)
-            self._regression.put(some, (*marginal, *hyperparameters), version[part])
-
     def _regression_of(self, rows):
         """Return solved regressions with their covariances, which are not kept: too large."""
         *_, scale, weight = self._regression.get(rows)
-        return self._posterior(rows, scale, weight)
-
-    def _posterior(self, rows, scale, weight):
-        sums = self.tiles.state(rows).least_squares
-        found = Evidence(*self._evidence.get(rows))
-        return least_squares.posterior(self._options, self._variances, sums, found, scale, weight)
-
-    def _find_evidence(self, rows):
-        for stale in _some(self._evidence.stale(rows, self.tiles.version(rows)), SOLVED_AT_ONCE):
-            sums = self.tiles.state(stale).least_squares
-            made = least_squares.evidence(self._options, self._variances, sums)
-            self._evidence.put(stale, made, self.tiles.version(stale))
+        sums, evidence = self.tiles.state(rows).least_squares, Evidence(*self._evidence.get(rows))
+        return self._solver.posterior(sums, evidence, scale, weight)
 
     def _log_evidence(self, keys, scale):
         found = Evidence(*self._evidence.get(self.tiles.rows(keys)))

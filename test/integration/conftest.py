@@ -139,4 +139,4 @@ def wait_for(condition, timeout_sec=TIMEOUT_SEC):
 
 def wait_until_folded(node, count):
     """Wait until a node of this process has so many observations, and all answers have them."""
-    wait_for(lambda: node.field.num_observations == count and not node.intake.is_behind)
+    wait_for(lambda: node.field.num_observations == count and not node.refresher.is_behind)

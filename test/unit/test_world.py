@@ -20,7 +20,6 @@ from cmanp_ros.core import (
 )
 from cmanp_ros.core import state as states
 from cmanp_ros.core.errors import ConfigError, StateMismatchError
-from cmanp_ros.core.world import REFRESHED_AT_ONCE
 from cmanp_ros.evaluation.seams import where_tiles_change
 from cmanp_ros.store import TileStore
 
@@ -939,16 +938,16 @@ def test_what_was_asked_for_is_refreshed_in_steps_for_a_while_and_nothing_else(
     monkeypatch.setattr(world, 'REMEMBERED', 2)
     x, y = points()
     made, x_target = world_of(x, y), targets()
-    batches = made.tiles_over(x)
+    batches = made.tiles_over(x, 8)
     assert sorted(key for some in batches for key in some) == made.tiles.keys()
-    assert all(len(some) <= REFRESHED_AT_ONCE for some in batches)
+    assert all(len(some) <= 8 for some in batches)
     for asks, is_solved in ((False, False), (True, True), (False, True), (False, False)):
         if asks:
             made.predict(x_target)
         made.fold(x, y + 1.0)
         solved()
         for some in batches:
-            made.refresh_asked(some)
+            made.refresh(made.asked(some))
         assert bool(solved()['posterior']) == is_solved
 
 
@@ -959,8 +958,8 @@ def test_who_cannot_wait_gets_no_answer_from_before_the_last_refresh(monkeypatch
     made.predict(x_target)
     for _ in range(2):
         made.fold(x, y + 1.0)
-        for some in made.tiles_over(x):
-            made.refresh_asked(some)
+        for some in made.tiles_over(x, 8):
+            made.refresh(made.asked(some))
     found = made.predict(x_target, renew=False)  # nobody asked before the second fold
     assert_same_prediction(found, made.predict(x_target))
 

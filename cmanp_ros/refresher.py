@@ -1,0 +1,145 @@
+"""
+Brings answers up to date with what was folded; until they are, says what they have.
+
+    fold -> Refresher -> a little at a time, between questions       -> answers, displays
+                      -> or in a second process, while the node folds
+"""
+
+import os
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+
+from cmanp_ros.helper import Helper
+
+PATIENCE = 5  # folds in a row after which others wait already
+
+
+class Refresher:
+    """
+    Solves the tiles that observations changed and somebody asks for. For the worker's thread.
+
+    Whoever asks meanwhile need not wait: answers have what was solved last. Where observations
+    come faster than one process folds and solves them, a second one solves (`max_processes`).
+    """
+
+    def __init__(self, node):
+        """
+        Begin up to date.
+
+        :param node: `CMANPNode`.
+        """
+        self._node = node
+        self._shown = None
+        self._changed = []  # locations (n, dim_x) [m] that the helper is not yet solving
+        self._changed_until = None  # what answers will have once it has
+        self._is_folding = self._is_helped = False
+        self._helper, self._may_have_helper = None, _num_cores() > 1
+        self._num_late = self._num_resets = 0
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there are observations in the map that answers do not have all of."""
+        return self._shown is not None
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """Newest stamp [ns], and number, of the observations that answers have for certain."""
+        return self._shown or self._folded
+
+    @property
+    def _folded(self):
+        return self._node.intake.newest_stamp, self._node.fleet.combined.num_observations
+
+    def begin_again(self):
+        """Forget what was being solved: the map is another one."""
+        self._num_resets += 1
+        self._shown, self._changed = None, []
+
+    def close(self):
+        """End the second process."""
+        if self._helper is not None:
+            self._helper.close()
+
+    def begin_fold(self):
+        """Note that observations are being folded."""
+        self._shown, self._is_folding = self.shown, True
+
+    def end_fold(self):
+        """Note that they are in the map."""
+        self._is_folding = False
+        if not self._is_helped:
+            self._shown = None
+        self._num_late = self._num_late + 1 if self._node.worker.num_waiting else 0
+        if self._num_late == PATIENCE:
+            self._get_help()
+
+    def refresh(self, x):
+        """Solve the map where points were folded, x (n, dim_x): an iterator, see `Worker`."""
+        if self._helper is not None and self._helper.is_ready:
+            self._changed.append(x)
+            self._changed_until = self._folded, self._num_resets
+            if not self._is_helped:
+                self._start()
+            return
+        try:
+            yield from self._node.fleet.combined.refreshing(x)
+        except Exception as error:  # it costs nobody's points
+            self._fail(error)
+
+    # With a second process -----------------------------------------------------------------------
+
+    def _get_help(self):
+        p = self._node.parameters
+        if self._may_have_helper and p.max_processes > 1 and p.device == 'cpu':
+            self._helper, self._may_have_helper = Helper(p.checkpoint), False
+            self._node.get_logger().info(
+                'observations come faster than one process folds and solves them: a second one '
+                'helps from now on (max_processes)'
+            )
+
+    def _start(self):
+        x, self._changed = np.concatenate(self._changed), []
+        steps = self._node.fleet.combined.refreshing_elsewhere(x)
+        self._is_helped = True
+        self._go_on(steps, self._changed_until, None)
+
+    def _go_on(self, steps, reached, done):
+        try:
+            future = self._helper.do(steps.send(done and done.result()))
+        except StopIteration:
+            self._end(reached)
+        except Exception as error:
+            if isinstance(error, BrokenProcessPool):
+                error = 'the second process ended; the first goes on alone'
+                self._helper, self._changed = None, []
+            self._fail(error)
+            self._end(None)
+        else:
+            worker = self._node.worker
+            future.add_done_callback(
+                lambda done: worker.ask(lambda: self._go_on(steps, reached, done))
+            )
+
+    def _end(self, reached):
+        """
+        Go on after all steps.
+
+        :param reached: what answers have now, and the number of resets then; None: nothing new.
+        """
+        self._is_helped = False
+        if reached is not None and reached[1] == self._num_resets and self.is_behind:
+            self._shown = reached[0]
+        if self._changed:
+            self._start()
+        elif not self._is_folding:
+            self._shown = None
+
+    def _fail(self, error):
+        self._node.warn('internal_error', f'a fault, the node goes on: {error!r}')
+
+
+def _num_cores():
+    """Return how many cores this process may use."""
+    affinity = getattr(os, 'sched_getaffinity', None)  # not everywhere
+    return (os.cpu_count() or 1) if affinity is None else len(affinity(0))
