@@ -6,7 +6,6 @@ The only object that the node holds; usable without ROS.
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from uuid import uuid4
 
@@ -22,13 +21,13 @@ from cmanp_ros.core.errors import (
     StateMismatchError,
 )
 from cmanp_ros.core.lattice import geometry
-from cmanp_ros.core.solver import Task
+from cmanp_ros.core.solver import Request
 from cmanp_ros.core.tiles import keys_of
 from cmanp_ros.store import TileStore
 
 OK, OUTSIDE, NOT_FINITE = 0, 1, 2  # status of a target, as in Prediction.msg
 REFRESHED_AT_ONCE = 8  # tiles: some 20 ms
-REFRESHED_ELSEWHERE = 32  # tiles: fewer steps, and nobody waits for one
+REFRESHED_ELSEWHERE = 32  # tiles: nobody waits for them
 TILES_PER_SIDE = 10  # of the finest, along the longest side of the bounds
 LARGEST_COUNT = 2**53  # of observations: beyond it a float64 does not count
 LARGEST_VALUE = 1e6  # [value_scale] a value further from value_offset is a fault of its source
@@ -500,20 +499,18 @@ class NeuralField:
                 self.world.refresh(self.world.asked(tiles))
             yield
 
-    def refreshing_elsewhere(self, x) -> Iterator[list[Task]]:
+    def refreshing_elsewhere(self, x) -> Iterator[Request]:
         """
-        Do as `refreshing`, and leave the work to others: see `World.refreshing`.
+        Do as `refreshing`, and leave the work to another `Solver`: send each request's solution.
 
-        Observations may be folded, and predictions made, between two steps.
+        Observations may be folded, and predictions made, meanwhile.
         """
         for tiles in self._tiles_over(x, REFRESHED_ELSEWHERE):
             with torch.inference_mode():
-                steps, results = self.world.refreshing(self.world.asked(tiles)), None
-            with suppress(StopIteration):
-                while True:
-                    with torch.inference_mode():
-                        tasks = steps.send(results)
-                    results = yield tasks
+                job = self.world.begin_refresh(self.world.asked(tiles))
+            solution = yield job.request
+            with torch.inference_mode():
+                self.world.end_refresh(job, solution)
 
     def _tiles_over(self, x, limit):
         x = _as_matrix(x, self.model.config.dim_x, 'x')

@@ -9,11 +9,13 @@ import threading
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cmanp_ros import checkpoint as files
-from cmanp_ros.core.solver import Solver, Task
+from cmanp_ros.core.lattice import Lattice, OneTile
+from cmanp_ros.core.solver import Request, Solver
 from cmanp_ros.memory import keep_freed_memory
 
 
@@ -22,15 +24,17 @@ class Helper:
     A `Solver` in a process of its own. It ends with this process, however this one ends.
     """
 
-    def __init__(self, checkpoint: str):
+    def __init__(self, checkpoint: str, geometry: Lattice | OneTile):
         """
         Start the process; it is ready some seconds later.
 
         :param checkpoint: of the model, a name or a path.
         """
         context = multiprocessing.get_context('spawn')
-        self._pool = ProcessPoolExecutor(1, context, _begin, (checkpoint,))
-        self._begun = self._pool.submit(os.getpid)
+        self._pool = ProcessPoolExecutor(1, context, _begin, (checkpoint, geometry))
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        self._begun = self._pool.submit(os.getpid)  # a terminal's SIGINT is not for the process
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     @property
     def is_ready(self) -> bool:
@@ -42,11 +46,11 @@ class Helper:
         """Number of the process, once it is ready."""
         return self._begun.result()
 
-    def do(self, tasks: list[Task]) -> Future:
+    def solve(self, request: Request) -> Future:
         """
-        Have tasks done.
+        Have a request solved.
 
-        :return: of their results; has an exception if the process ended.
+        :return: of its `Solution`; has an exception if the process ended.
         """
         future = Future()
 
@@ -56,7 +60,7 @@ class Helper:
             else:
                 future.set_exception(error)
 
-        self._pool.submit(_do, _each(tasks, Tensor.numpy)).add_done_callback(settle)
+        self._pool.submit(_solve, _each(request, Tensor.numpy)).add_done_callback(settle)
         return future
 
     def close(self):
@@ -64,14 +68,13 @@ class Helper:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _begin(checkpoint):
+def _begin(checkpoint, geometry):
     """Prepare the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the node ends it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     keep_freed_memory()
     torch.set_num_threads(1)
     global _solver
-    _solver = Solver(files.load_model(checkpoint))
+    _solver = Solver(files.load_model(checkpoint), geometry)
 
 
 def _end_with_parent():
@@ -80,13 +83,15 @@ def _end_with_parent():
 
 
 @torch.inference_mode()
-def _do(tasks):
-    return _each(_solver.do(_each(tasks, torch.from_numpy)), Tensor.numpy)
+def _solve(request):
+    return _each(_solver.solve(_each(request, torch.from_numpy)), Tensor.numpy)
 
 
 def _each(value: Any, change) -> Any:
-    """Return lists and tuples, named ones too, with each tensor or array of them changed."""
+    """Return a value with each tensor or array in its tuples and lists changed."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return change(value)
     if not isinstance(value, (list, tuple)):
-        return value if isinstance(value, str) else change(value)
+        return value
     parts = [_each(part, change) for part in value]
     return type(value)(*parts) if hasattr(value, '_fields') else type(value)(parts)

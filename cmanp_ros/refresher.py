@@ -92,7 +92,8 @@ class Refresher:
     def _get_help(self):
         p = self._node.parameters
         if self._may_have_helper and p.max_processes > 1 and p.device == 'cpu':
-            self._helper, self._may_have_helper = Helper(p.checkpoint), False
+            geometry = self._node.field.geometry
+            self._helper, self._may_have_helper = Helper(p.checkpoint, geometry), False
             self._node.get_logger().info(
                 'observations come faster than one process folds and solves them: a second one '
                 'helps from now on (max_processes)'
@@ -106,7 +107,7 @@ class Refresher:
 
     def _go_on(self, steps, reached, done):
         try:
-            future = self._helper.do(steps.send(done and done.result()))
+            future = self._helper.solve(steps.send(done and done.result()))
         except StopIteration:
             self._end(reached)
         except Exception as error:

@@ -1,60 +1,108 @@
 """
-What is solved of tiles alone: functions of their sums. No map here.
+What predictions need of tiles, from their sums alone: no map here.
 
 It is most of the work of a prediction, and may be done in another process.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cmanp_ros.core import least_squares
 from cmanp_ros.core.attention import AttentionSums
+from cmanp_ros.core.lattice import Lattice, OneTile
 from cmanp_ros.core.least_squares import Evidence, LeastSquaresSums, Regression
 from cmanp_ros.core.model import CMANP
+from cmanp_ros.core.neighbourhood import Level, Neighbourhood
+from cmanp_ros.core.tiles import Key
 
 SOLVED_AT_ONCE = 16  # tiles: what their regressions need fits in caches
 ENCODED_AT_ONCE = 256  # tiles
 
 
-class Task(NamedTuple):
-    """A call of a method of `Solver`."""
+class Request(NamedTuple):
+    """Tiles to be solved and encoded, and what is known."""
 
-    method: str
-    arguments: tuple
-    """Tensors, or named tuples of tensors."""
+    attention: AttentionSums
+    """Of the tiles to be encoded."""
+    levels: list[Level]
+    """See `Neighbourhood.levels`; without a regression, or with nothing to be solved, none."""
+    unknown: Tensor | None = None
+    """(members,) bool: whose evidence is unknown, of the members of all levels."""
+    unknown_sums: LeastSquaresSums | None = None
+    evidence: Evidence | None = None
+    """Of the other members, in order."""
+    wanted: tuple[Key, ...] = ()
+    """The tiles to be solved, others of the levels are not."""
+    sums: LeastSquaresSums | None = None
+    """Of these."""
+    version: Tensor | None = None
+    """(wanted,): another one for other sums."""
+    before: Tensor | None = None
+    """(wanted, ...): `Solution.inputs` of the last time they were solved; -1 without one."""
+
+
+class Solution(NamedTuple):
+    """What predictions need; see `Request`."""
+
+    latents: list[Tensor]
+    """Of each layer (tiles, latents, ...), keys and values; of no tiles nothing."""
+    evidence: Evidence | None = None
+    """Of the unknown."""
+    inputs: Tensor | None = None
+    """(wanted, ...): version of the sums, and the hyperparameters, in one row."""
+    stale: Tensor | None = None
+    """Which of the wanted were solved: those with other inputs than before."""
+    regression: list[Tensor] | None = None
+    """Of these: `Regression` without covariances, amplitude scale, weights."""
 
 
 class Solver:
     """
-    Solves and encodes any number of tiles; nothing is kept.
+    Solves and encodes tiles; nothing is kept.
     """
 
-    def __init__(self, model: CMANP):
+    def __init__(self, model: CMANP, geometry: Lattice | OneTile):
         """
-        Prepare what depends on the model alone.
+        Prepare what depends on the model and the lattice alone.
         """
-        self._model, config = model, model.config
-        self._options = config.least_squares
+        self._model, self._options = model, model.config.least_squares
         if self._options is not None:
-            self._variances = least_squares.prior_variances(self._options, config.dim_x)
+            dim_x = model.config.dim_x
+            self._variances = least_squares.prior_variances(self._options, dim_x)
+            self.neighbourhood = Neighbourhood(self._options, geometry)
 
-    def do(self, tasks: list[Task]) -> list[Any]:
-        """Return the result of each task."""
-        return [getattr(self, method)(*arguments) for method, arguments in tasks]
-
-    def evidence(self, sums: LeastSquaresSums) -> Evidence:
+    def solve(self, request: Request) -> Solution:
         """
-        Return what the sums of tiles say about every setting of the hyperparameters.
+        Solve the regressions of tiles, with what they take from others, and encode tiles.
         """
-        return least_squares.evidence(self._options, self._variances, sums)
+        latents = self._latents(request.attention)
+        if not request.levels:
+            return Solution(latents)
+        found, evidence = self._evidence(request)
+        keys, scale, weight = self.neighbourhood.hyperparameters(request.levels, evidence)
+        place = {key: i for i, key in enumerate(keys)}
+        wanted = torch.tensor([place[key] for key in request.wanted])
+        scale, weight = scale[wanted], weight[wanted]
+        inputs = torch.cat([scale.unsqueeze(1), weight], 1).flatten(1)
+        inputs = torch.cat([request.version.unsqueeze(1).double(), inputs], 1)
+        stale = (inputs != request.before).any(1).nonzero()[:, 0]
+        names = [key for level in request.levels for key in level.members]
+        place = {key: i for i, key in enumerate(names)}
+        own = torch.tensor([place[request.wanted[i]] for i in stale.tolist()], dtype=torch.int64)
+        solved = self._marginals(
+            LeastSquaresSums(*(part[stale] for part in request.sums)),
+            Evidence(*(part[own] for part in evidence)),
+            *(scale[stale], weight[stale]),
+        )
+        return Solution(latents, found, inputs, stale, solved)
 
     def posterior(
         self, sums: LeastSquaresSums, evidence: Evidence, scale: Tensor, weight: Tensor
     ) -> Regression:
         """
-        Solve regressions.
+        Solve regressions whose hyperparameters are known.
 
         :param scale: (tiles, dim_y) of the amplitude's prior; `weight` (tiles, settings, dim_y).
         """
@@ -62,24 +110,31 @@ class Solver:
             self._options, self._variances, sums, evidence, scale, weight
         )
 
-    def marginals(
-        self, sums: LeastSquaresSums, evidence: Evidence, scale: Tensor, weight: Tensor
-    ) -> list[Tensor]:
-        """
-        Return what `posterior` does, without the covariances: for large numbers of tiles.
-        """
+    def _evidence(self, request):
+        """Return the evidence of the unknown, and of all members of all levels."""
+        if not request.unknown.any():
+            return None, request.evidence
+        found = least_squares.evidence(self._options, self._variances, request.unknown_sums)
+        if request.evidence is None:
+            return found, found
+        merged = [part.new_empty(len(request.unknown), *part.shape[1:]) for part in found]
+        for whole, unknown, known in zip(merged, found, request.evidence, strict=True):
+            whole[request.unknown], whole[~request.unknown] = unknown, known
+        return found, Evidence(*merged)
+
+    def _marginals(self, sums, evidence, scale, weight):
         parts = []
         for some in torch.arange(len(scale)).split(SOLVED_AT_ONCE):
             own = LeastSquaresSums(*(part[some] for part in sums))
             found = Evidence(*(part[some] for part in evidence))
-            parts.append(self.posterior(own, found, scale[some], weight[some])[:-1])
-        return [torch.cat(part) for part in zip(*parts, strict=True)]
+            solved = self.posterior(own, found, scale[some], weight[some])[:-1]
+            parts.append((*solved, scale[some], weight[some]))
+        return [torch.cat(part) for part in zip(*parts, strict=True)] if len(scale) else None
 
-    def latents(self, sums: AttentionSums) -> list[Tensor]:
-        """
-        Return keys and values of the latents of tiles, for each layer (tiles, latents, ...).
-        """
-        parts = []
-        for some in torch.arange(len(sums.logsumexp)).split(ENCODED_AT_ONCE):
-            parts.append(self._model.latents(AttentionSums(*(part[some] for part in sums))))
+    def _latents(self, sums):
+        parts = [
+            self._model.latents(AttentionSums(*(part[some] for part in sums)))
+            for some in torch.arange(len(sums.logsumexp)).split(ENCODED_AT_ONCE)
+            if len(some)
+        ]
         return [torch.cat(part) for part in zip(*parts, strict=True)]

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from cmanp_ros.core import state as states
+from cmanp_ros.core.attention import AttentionSums
 from cmanp_ros.core.errors import ConfigError, InputError
+from cmanp_ros.core.least_squares import LeastSquaresSums
 from cmanp_ros.core.state import State
 
 Key = tuple[int, ...]
@@ -213,10 +215,6 @@ class Tiles:
         """Return numbers (n,) that change whenever the content of a row does."""
         return self._version[rows]
 
-    def versions(self) -> Tensor:
-        """Return the version of every row, as it is now."""
-        return self._version.clone()
-
     def rows(self, keys: list[Key], create: bool = False) -> Tensor:
         """
         Bring tiles into memory and return their rows, (n,) int64; -1 for one that is nowhere.
@@ -258,6 +256,17 @@ class Tiles:
     def state(self, rows: Tensor) -> State:
         """Return a copy of the states in these rows."""
         return _state({name: part[rows] for name, part in self._tensors.items()})
+
+    def attention(self, rows: Tensor) -> AttentionSums:
+        """Return a copy of the attention sums in these rows."""
+        return self._part(AttentionSums, 'attention', rows)
+
+    def least_squares(self, rows: Tensor) -> LeastSquaresSums:
+        """Return a copy of the least-squares sums in these rows."""
+        return self._part(LeastSquaresSums, 'least_squares', rows)
+
+    def _part(self, cls, prefix, rows):
+        return cls(*(self._tensors[f'{prefix}.{name}'][rows] for name in cls._fields))
 
     def state_of(self, keys: list[Key]) -> State:
         """Return a copy of the states of tiles; no points for one that is nowhere."""

@@ -1,16 +1,12 @@
 """
 A world of tiles: fold points into every tile that covers them, predict from the tiles that do.
 
-Levels of tiles fold the same points. A tile takes its hyperparameters from the evidence of its
-neighbours and itself, and the prior of its amplitude from the coarsest tiles above it; both in
-steps, or every point would have all tiles around it solved again.
+Levels of tiles fold the same points. What predictions need of the tiles is solved by `Solver`.
 Every prediction is a function of the states alone: order, batches and paging do not matter. Who
 cannot wait for tiles to be solved is answered from those that were solved last (`renew=False`).
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import suppress
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -23,15 +19,10 @@ from cmanp_ros.core.errors import InputError, StateMismatchError
 from cmanp_ros.core.lattice import Cover, Lattice, OneTile
 from cmanp_ros.core.least_squares import Evidence, Regression
 from cmanp_ros.core.model import CMANP, Decoded, Prior
-from cmanp_ros.core.solver import Solver, Task
+from cmanp_ros.core.solver import Request, Solution, Solver
 from cmanp_ros.core.state import State, concatenate, merge
 from cmanp_ros.core.tiles import Key, Tiles, keys_of
 
-SHARE_OF_NEIGHBOURS = 4.0  # weight of their evidence, all together; that of the tile itself is 1
-NEAR = 1.75  # [tiles] neighbours: those that overlap
-NEAR_FINEST = {1: 3.5, 2: 3.5, 3: 2.0}  # by dim_x: tiles of the finest level have few points
-WEIGHT_STEP = 1 / 4  # of the weights of hyperparameters, relative to the largest
-SCALE_STEP = 0.25  # of the log of the amplitude's prior scale
 AT_ONCE = 1 << 13  # points or targets times tiles: bounds the memory of one step, fits in caches
 FEW = 1 << 12  # pairs, padded ones included, that go together whatever their tiles
 TARGETS_AT_ONCE = 4096
@@ -57,6 +48,20 @@ class Pairs(NamedTuple):
     """(pairs, ...): without the batch axis."""
 
 
+class Job(NamedTuple):
+    """Tiles that are being solved, and where the solution goes: rows, of the versions then."""
+
+    keys: list[Key]
+    request: Request
+    rows: Tensor
+    encoded: Tensor
+    unknown: Tensor
+    wanted: Tensor
+    encoded_version: Tensor
+    unknown_version: Tensor
+    moment: tuple
+
+
 class World:
     """
     All tiles of a map. Locations in metres, float64; values in model units.
@@ -79,7 +84,7 @@ class World:
         """
         self.model, self.geometry = model, geometry
         self.tiles = Tiles(model, max_tiles, store, undo_window_sec)
-        self._options, self._solver = model.config.least_squares, Solver(model)
+        self._options, self._solver = model.config.least_squares, Solver(model, geometry)
         self._epoch = 0
         self.clear()
 
@@ -103,9 +108,9 @@ class World:
         self._epoch += 1
 
     @property
-    def _era(self):
-        """As long as it lasts, what is solved is of use, and lies in the same rows."""
-        return self._epoch, self.tiles.num_moves
+    def _moment(self):
+        """Return what lasts while solved tiles are of use and in their rows, and `num_changes`."""
+        return (self._epoch, self.tiles.num_moves), self.tiles.num_changes
 
     @property
     def nbytes(self) -> int:
@@ -299,60 +304,63 @@ class World:
 
     def refresh(self, keys: list[Key]):
         """Solve and encode tiles that changed, which the next prediction would do otherwise."""
-        steps, results = self.refreshing(keys), None
-        with suppress(StopIteration):
-            while True:
-                results = self._solver.do(steps.send(results))
+        job = self.begin_refresh(keys)
+        self.end_refresh(job, self._solver.solve(job.request))
 
-    def refreshing(self, keys: list[Key]) -> Iterator[list[Task]]:
+    def begin_refresh(self, keys: list[Key]) -> 'Job':
         """
-        Do as `refresh`, in steps: send each the results of its tasks, from any `Solver`.
+        Return what is to be done to `refresh`, by any `Solver` of this model and lattice.
 
-        The map may change meanwhile: tiles are solved as they are at the first step.
+        The map may change before the end: tiles are solved as they are now.
         """
         self.tiles.rows(keys)  # what faded changes now
-        levels = []
+        levels, wanted = [], []
         if self._options is not None:
             if self._solved_at != self.tiles.num_changes:
                 self._solved.clear()
-            levels = self._needed([key for key in keys if key not in self._solved])
-        near = [key for _, members in levels for key in members]
-        rows, near = self.tiles.rows([*keys, *near]).split([len(keys), len(near)])
-        era, then = self._era, self.tiles.num_changes
-        version = self.tiles.versions()
-        unknown = self._evidence.stale(near, version[near])
-        old = self._latents.stale(rows, version[rows])
-        sums, tasks = self.tiles.state(unknown).least_squares, []
-        if len(unknown):
-            tasks.append(Task('evidence', (sums,)))
-        if len(old):
-            tasks.append(Task('latents', (self.tiles.state(old).attention,)))
-        results = (yield tasks) if tasks else []
-        if self._era != era:
-            return
-        if len(old):
-            self._latents.put(old, results.pop(), version[old])
-        if len(unknown):
-            self._evidence.put(unknown, results.pop(), version[unknown])
-
+            wanted = [key for key in keys if key not in self._solved]
+            levels = self._solver.neighbourhood.levels(wanted, self.tiles)
+        near = [key for level in levels for key in level.members]
+        rows = self.tiles.rows([*keys, *near])  # into memory, all of them together
+        rows, near = rows[: len(keys)], rows[len(keys) :]
+        encoded = rows[self._latents.is_stale(rows, self.tiles.version(rows))].unique()
+        request = Request(self.tiles.attention(encoded), levels)
         if levels:
-            solved, scale, weight = self._hyperparameters(levels, set(keys))
-            inputs = torch.cat([scale.unsqueeze(1), weight], 1).flatten(1)
-            inputs = torch.cat([version[solved].unsqueeze(1).double(), inputs], 1)
-            stale = self._regression.is_stale(solved, inputs).nonzero()[:, 0]
-            if len(stale):
-                some, scale, weight = solved[stale], scale[stale], weight[stale]
-                own = self._sums_of(some, unknown, sums)
-                evidence = Evidence(*self._evidence.get(some))
-                (marginals,) = yield [Task('marginals', (own, evidence, scale, weight))]
-                if self._era != era:
-                    return
-                self._regression.put(some, (*marginals, scale, weight), inputs[stale])
-        if self.tiles.num_changes == then:
-            self._solved.update(keys)
-            self._solved_at = then
-        self._ready.update(zip(rows.tolist(), keys, strict=True))
-        for row in rows.tolist():
+            unknown = self._evidence.is_stale(near, self.tiles.version(near))
+            own = self.tiles.rows(wanted)
+            request = request._replace(
+                unknown=unknown,
+                unknown_sums=self.tiles.least_squares(near[unknown]),
+                evidence=None if unknown.all() else Evidence(*self._evidence.get(near[~unknown])),
+                wanted=tuple(wanted),
+                sums=self.tiles.least_squares(own),
+                version=self.tiles.version(own),
+                before=self._regression.version(own),
+            )
+            near, wanted = near[unknown], own
+        else:
+            wanted = near
+        versions = (self.tiles.version(some) for some in (encoded, near))
+        return Job(keys, request, rows, encoded, near, wanted, *versions, self._moment)
+
+    def end_refresh(self, job: 'Job', solution: Solution):
+        """Take over what was solved, unless the map is another one now."""
+        era, num_changes = self._moment
+        if era != job.moment[0]:
+            return
+        if len(job.encoded):
+            self._latents.put(job.encoded, solution.latents, job.encoded_version)
+        if solution.evidence is not None:
+            self._evidence.put(job.unknown, solution.evidence, job.unknown_version)
+        if solution.regression is not None:
+            stale = solution.stale
+            self._regression.put(job.wanted[stale], solution.regression, solution.inputs[stale])
+        if num_changes == job.moment[1]:
+            self._solved.update(job.keys)
+            self._solved_at = num_changes
+        rows = job.rows.tolist()
+        self._ready.update(zip(rows, job.keys, strict=True))
+        for row in rows:
             left = self._asked.pop(row, 0) - 1
             if left > 0:
                 self._asked[row] = left
@@ -458,7 +466,9 @@ class World:
         if len(self.tiles) > self.tiles.num_in_memory and len(chunk) > 1:
             keys = _unique(self.geometry.answering(x[chunk]).key)[0]
             keys = [key for key in keys if key in self.tiles]
-            needed = sum(len(members) for _, members in self._needed(keys))
+            needed = sum(
+                len(members) for _, members in self._solver.neighbourhood.levels(keys, self.tiles)
+            )
             if needed > self.tiles.max_tiles:
                 for half in chunk.split(-(-len(chunk) // 2)):
                     yield from self._fitting(x, half)
@@ -472,116 +482,11 @@ class World:
         rows = self.tiles.rows(keys).tolist()
         return [key for row, key in zip(rows, keys, strict=True) if self._ready.get(row) != key]
 
-    def _hyperparameters(self, levels, wanted):
-        """
-        Return rows, amplitude scales and weights of wanted tiles, from the evidence of all.
-
-        :param levels: of `_needed`.
-        """
-        amplitude, found = {}, []
-        for solved, members in reversed(levels):  # from coarse to fine
-            scale = self._amplitude_prior(members, amplitude)
-            place = {key: i for i, key in enumerate(members)}
-            center = torch.tensor([place[key] for key in solved], dtype=torch.int64)
-            weight = self._weights(solved, place, self._log_evidence(members, scale))
-            rows, scale = self.tiles.rows(solved), scale[center]
-            own = Evidence(*self._evidence.get(rows))
-            means = least_squares.amplitude(self._options, own, scale, weight)
-            amplitude |= zip(solved, means, strict=True)
-            chosen = torch.tensor([key in wanted for key in solved], dtype=torch.bool)
-            found.append((rows[chosen], scale[chosen], weight[chosen]))
-        return map(torch.cat, zip(*found, strict=True))
-
-    def _sums_of(self, rows, known, sums):
-        """Return the sums of tiles, those of the `known` rows as they were then."""
-        now = self.tiles.state(rows).least_squares
-        place = torch.searchsorted(known, rows).clamp(max=max(len(known) - 1, 0))
-        is_known = known[place] == rows if len(known) else torch.zeros_like(rows, dtype=torch.bool)
-        for part, then in zip(now, sums, strict=True):
-            part[is_known] = then[place[is_known]]
-        return now
-
-    def _needed(self, keys):
-        """
-        Return which tiles of each level must be solved and whose evidence counts, fine first.
-
-        A tile needs the evidence of its neighbours, and the amplitude of the coarsest tiles above
-        it and them.
-        """
-        needed, above, coarsest = [], [], self.geometry.num_levels - 1
-        for level in range(self.geometry.num_levels):
-            own = [key for key in keys if key[0] == level]
-            solved = list(dict.fromkeys([*own, *above] if level == coarsest else own))
-            if not solved:
-                continue
-            names = keys_of(self._neighbours(solved)[0].flatten(0, 1))
-            members = [key for key in dict.fromkeys(names) if key in self.tiles]
-            needed.append((solved, members))
-            if level < coarsest:
-                above += self._above(members)[2]
-        return needed
-
-    def _weights(self, solved, place, own):
-        """
-        Return the weights (tiles, settings, dim_y) of hyperparameters: by evidence, in steps.
-
-        :param place: where each tile's own evidence lies in `own`.
-        """
-        near, distance = self._neighbours(solved)
-        names = keys_of(near.flatten(0, 1))
-        index = torch.tensor([place.get(key, -1) for key in names]).view(near.shape[:2])
-        share = (index >= 0).double()
-        share[:, distance > 0] *= min(1.0, SHARE_OF_NEIGHBOURS / max(1, len(distance) - 1))
-        total = torch.einsum('tn,tnso->tso', share, own[index.clamp(min=0)])
-        if len(distance) == 1:  # no neighbours: none would be solved again
-            return total.softmax(1)
-        steps = ((total - total.amax(1, keepdim=True)).exp() / WEIGHT_STEP).round()
-        return steps / steps.sum(1, keepdim=True)
-
     def _regression_of(self, rows):
         """Return solved regressions with their covariances, which are not kept: too large."""
         *_, scale, weight = self._regression.get(rows)
         sums, evidence = self.tiles.state(rows).least_squares, Evidence(*self._evidence.get(rows))
         return self._solver.posterior(sums, evidence, scale, weight)
-
-    def _log_evidence(self, keys, scale):
-        found = Evidence(*self._evidence.get(self.tiles.rows(keys)))
-        own = least_squares.log_evidence(self._options, found, scale)
-        return own - own.mean(1, keepdim=True)
-
-    def _amplitude_prior(self, keys, amplitude):
-        """Return the scale of each tile's amplitude prior: the amplitude of the region."""
-        shape = len(keys), self.model.config.dim_y
-        default = least_squares.default_scale(self._options, *shape)
-        if keys[0][0] == self.geometry.num_levels - 1:
-            return default
-        index, window, names = self._above(keys)
-        known = [i for i, name in enumerate(names) if name in amplitude]
-        if not known:
-            return default
-        index, window = index[known], window[known].clamp(min=1e-6).unsqueeze(-1)
-        logs = torch.stack([amplitude[names[i]] for i in known]).log()
-        total = torch.zeros(shape, dtype=torch.float64).index_add_(0, index, window * logs)
-        weight = torch.zeros(shape[0], 1, dtype=torch.float64).index_add_(0, index, window)
-        steps = ((total / weight) / SCALE_STEP).round()
-        scale = (self._options.amplitude_shape - 1) * (steps * SCALE_STEP).exp()
-        return torch.where(weight > 0, scale, default)
-
-    def _neighbours(self, keys):
-        """Return the neighbours of tiles of one level: see `Lattice.neighbours`."""
-        key = torch.tensor(keys, dtype=torch.int64).view(-1, 1 + self.geometry.dim_x)
-        radius = NEAR_FINEST[self.geometry.dim_x] if keys[0][0] == 0 else NEAR
-        return self.geometry.neighbours(key, radius)
-
-    def _above(self, keys):
-        """
-        Return the coarsest tiles over the centers of tiles: index, window, names.
-        """
-        centers = self.geometry.center(torch.tensor(keys))
-        cover = self.geometry.cover(centers, self.geometry.num_levels - 1)
-        names = keys_of(cover.key)
-        there = [i for i, name in enumerate(names) if name in self.tiles]
-        return cover.index[there], cover.window[there], [names[i] for i in there]
 
 
 class _Cache:
@@ -604,8 +509,14 @@ class _Cache:
         stale[known] = (self._version[rows[known]] != version[known]).any(-1)
         return stale
 
-    def stale(self, rows, version):
-        return rows[self.is_stale(rows, version)].unique()
+    def version(self, rows):
+        """Return from what rows were made, (n, ...); -1 where from nothing."""
+        if self._version is None:
+            return rows.new_full((len(rows), 1), -1)
+        known = rows < len(self._version)
+        found = self._version.new_full((len(rows), self._version.shape[1]), -1)
+        found[known] = self._version[rows[known]]
+        return found
 
     @torch.inference_mode(False)  # tensors that can be changed in either mode
     def put(self, rows, parts, version):

@@ -306,7 +306,7 @@ def points_of(batch, tile):
 def test_the_prior_of_an_augmented_task_is_the_augmented_prior(monkeypatch, dim_x, levels):
     # But for what is absolute: the amplitude prior of the coarsest level, which the altered task
     # has in its own units here, and steps of scale.
-    monkeypatch.setattr(cmanp_ros.core.world, 'SCALE_STEP', 1e-9)
+    monkeypatch.setattr(cmanp_ros.core.neighbourhood, 'SCALE_STEP', 1e-9)
     config = small_models.field(dim_x)
     memory = config.least_squares
     task, seen = a_world(dim_x), set()

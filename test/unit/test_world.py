@@ -16,6 +16,7 @@ from cmanp_ros.core import (
     OneTile,
     World,
     least_squares,
+    neighbourhood,
     world,
 )
 from cmanp_ros.core import state as states
@@ -479,9 +480,9 @@ class Oracle:
         steps = np.array(list(product(range(-3, 4), repeat=self.grid.dim_x)))
         steps = steps[np.linalg.norm(steps, axis=1) <= reach]
         others = [(key[0], *np.add(key[1:], step).tolist()) for step in steps if step.any()]
-        weight = min(1, world.SHARE_OF_NEIGHBOURS / len(others))
+        weight = min(1, neighbourhood.SHARE_OF_NEIGHBOURS / len(others))
         total = own[key] + weight * sum(own[other] for other in others if other in own)
-        steps = (total.sub(total.amax(1)).exp() / world.WEIGHT_STEP).round()
+        steps = (total.sub(total.amax(1)).exp() / neighbourhood.WEIGHT_STEP).round()
         self.weight[key] = steps / steps.sum(1)
         self.amplitude[key] = least_squares.amplitude(
             self.options, self.evidence[key], self.scale[key], self.weight[key]
@@ -498,7 +499,7 @@ class Oracle:
             if above[0] == coarsest and np.abs(u).max() < 2 - 1e-6:
                 window = np.prod(np.cos(u * np.pi / 4) ** 2)
                 logs, total = logs + window * amplitude.log(), total + window
-        steps = (logs / total / world.SCALE_STEP).round() * world.SCALE_STEP
+        steps = (logs / total / neighbourhood.SCALE_STEP).round() * neighbourhood.SCALE_STEP
         return (self.options.amplitude_shape - 1) * steps.exp()
 
     def regression(self, key):
