@@ -507,7 +507,9 @@ class NeuralField:
         """
         for tiles in self._tiles_over(x, REFRESHED_ELSEWHERE):
             with torch.inference_mode():
-                job = self.world.begin_refresh(self.world.asked(tiles))
+                if not (asked := self.world.asked(tiles)):
+                    continue
+                job = self.world.begin_refresh(asked)
             solution = yield job.request
             with torch.inference_mode():
                 self.world.end_refresh(job, solution)

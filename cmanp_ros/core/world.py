@@ -49,17 +49,20 @@ class Pairs(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Tiles that are being solved, and where the solution goes: rows, of the versions then."""
+    """Tiles that are being solved, and where the solution goes."""
 
     keys: list[Key]
     request: Request
-    rows: Tensor
-    encoded: Tensor
-    unknown: Tensor
-    wanted: Tensor
-    encoded_version: Tensor
-    unknown_version: Tensor
     moment: tuple
+    """See `World._moment`."""
+    rows: Tensor
+    """Of the keys."""
+    solved: Tensor
+    """Of those in `Request.wanted`, and so on."""
+    unknown: Tensor
+    old: Tensor
+    unknown_version: Tensor
+    old_version: Tensor
 
 
 class World:
@@ -322,39 +325,36 @@ class World:
             levels = self._solver.neighbourhood.levels(wanted, self.tiles)
         near = [key for level in levels for key in level.members]
         rows = self.tiles.rows([*keys, *near])  # into memory, all of them together
-        rows, near = rows[: len(keys)], rows[len(keys) :]
-        encoded = rows[self._latents.is_stale(rows, self.tiles.version(rows))].unique()
-        request = Request(self.tiles.attention(encoded), levels)
+        rows, near, solved = rows[: len(keys)], rows[len(keys) :], self.tiles.rows(wanted)
+        old = rows[self._latents.is_stale(rows, self.tiles.version(rows))].unique()
+        unknown = self._evidence.is_stale(near, self.tiles.version(near))
+        request = Request(self.tiles.attention(old), levels)
         if levels:
-            unknown = self._evidence.is_stale(near, self.tiles.version(near))
-            own = self.tiles.rows(wanted)
+            known = near[~unknown]
             request = request._replace(
                 unknown=unknown,
                 unknown_sums=self.tiles.least_squares(near[unknown]),
-                evidence=None if unknown.all() else Evidence(*self._evidence.get(near[~unknown])),
+                evidence=Evidence(*self._evidence.get(known)) if len(known) else None,
                 wanted=tuple(wanted),
-                sums=self.tiles.least_squares(own),
-                version=self.tiles.version(own),
-                before=self._regression.version(own),
+                sums=self.tiles.least_squares(solved),
+                version=self.tiles.version(solved),
+                before=self._regression.version(solved),
             )
-            near, wanted = near[unknown], own
-        else:
-            wanted = near
-        versions = (self.tiles.version(some) for some in (encoded, near))
-        return Job(keys, request, rows, encoded, near, wanted, *versions, self._moment)
+        versions = (self.tiles.version(some) for some in (near[unknown], old))
+        return Job(keys, request, self._moment, rows, solved, near[unknown], old, *versions)
 
     def end_refresh(self, job: 'Job', solution: Solution):
         """Take over what was solved, unless the map is another one now."""
         era, num_changes = self._moment
         if era != job.moment[0]:
             return
-        if len(job.encoded):
-            self._latents.put(job.encoded, solution.latents, job.encoded_version)
+        if len(job.old):
+            self._latents.put(job.old, solution.latents, job.old_version)
         if solution.evidence is not None:
             self._evidence.put(job.unknown, solution.evidence, job.unknown_version)
         if solution.regression is not None:
             stale = solution.stale
-            self._regression.put(job.wanted[stale], solution.regression, solution.inputs[stale])
+            self._regression.put(job.solved[stale], solution.regression, solution.inputs[stale])
         if num_changes == job.moment[1]:
             self._solved.update(job.keys)
             self._solved_at = num_changes

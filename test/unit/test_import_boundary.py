@@ -48,6 +48,8 @@ PARTS_WITHOUT_ROS = (
         'health',
         'planning',
         'worker',
+        'helper',
+        'memory',
         'motion',
         'recordings',
         'cli.replay',

@@ -16,7 +16,7 @@ import small_models
 import torch
 from torch.distributions import Normal, kl_divergence
 
-import cmanp_ros.core.world
+import cmanp_ros.core.neighbourhood
 from cmanp_ros.checkpoint import load_model, read_extra, save_model
 from cmanp_ros.core import CMANP, Lattice, World
 from cmanp_ros.core.autoregressive import predict_block

@@ -21,6 +21,7 @@ from cmanp_ros.core import (
 )
 from cmanp_ros.core import state as states
 from cmanp_ros.core.errors import ConfigError, StateMismatchError
+from cmanp_ros.core.solver import Solver
 from cmanp_ros.evaluation.seams import where_tiles_change
 from cmanp_ros.store import TileStore
 
@@ -992,6 +993,56 @@ def test_nobody_is_answered_from_a_map_that_is_gone(change):
         made.merge(other) if change == 'merge' else made.clear()
     found = made.predict(x_target, renew=False)
     assert_same_prediction(found, made.predict(x_target), rtol=0, atol=0)
+
+
+def elsewhere(made, job):
+    """Return the solution of a job by another solver."""
+    return Solver(made.model, made.geometry).solve(job.request)
+
+
+def test_tiles_solved_while_more_is_folded_are_what_they_were_when_it_began(solved):
+    x, y = points()
+    made, x_target = world_of(x, y), targets()
+    made.predict(x_target)
+    made.fold(x, y + 1.0)
+    job = made.begin_refresh(made.asked(made.tiles.keys()))
+    made.fold(x, y - 3.0)
+    made.end_refresh(job, elsewhere(made, job))
+    solved()
+    found = made.predict(x_target, renew=False)
+    assert not any(solved().values())
+    before, whole = (World(made.model, made.geometry) for _ in range(2))
+    for world_, values in ((before, (y, y + 1.0)), (whole, (y, y + 1.0, y - 3.0))):
+        for value in values:
+            world_.fold(x, value)
+    assert_same_prediction(found, before.predict(x_target))
+    assert_same_prediction(made.predict(x_target), whole.predict(x_target))
+
+
+@pytest.mark.parametrize('change', ['merge', 'undo', 'clear', 'load', 'page'])
+def test_tiles_solved_for_a_map_that_is_gone_are_left_out(change, new_store):
+    x, y = points()
+    room = len(world_of(x, y).tiles)
+    made = World(model_of(), lattice(), room, new_store(), undo_window_sec=10.0)
+    made.tiles.history.mark(0.0, made.tiles.totals)
+    made.fold(x[:30], y[:30])
+    x_target, other = targets(), world_of(x[30:], y[30:])
+    made.predict(x_target)
+    made.fold(x[:1], y[:1] + 1.0)
+    job = made.begin_refresh(made.asked(made.tiles.keys()))
+    {
+        'merge': lambda: made.merge(other),
+        'undo': lambda: made.undo(5.0, 1.0),
+        'clear': made.clear,
+        'load': lambda: made.load(*other.export(), other.num_observations),
+        'page': lambda: made.predict(x[:1] + 1000 * SIZE[2]) and made.fold(x + 1e4, y),
+    }[change]()
+    made.end_refresh(job, elsewhere(made, job))
+    keys, state = made.export()
+    expected = World(model_of(), lattice())
+    expected.load(keys, state, made.num_observations)
+    found = made.predict(x_target, renew=change == 'page')
+    assert_same_prediction(found, expected.predict(x_target))
 
 
 def test_only_tiles_near_a_point_are_solved_again(solved):

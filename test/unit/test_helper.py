@@ -1,0 +1,113 @@
+"""A second process solves what a solver here solves, and is not there for longer than this one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from small_models import build, field, paper
+
+from cmanp_ros.checkpoint import save_model
+from cmanp_ros.core import Lattice, OneTile, World
+from cmanp_ros.helper import Helper
+
+TIMEOUT_SEC = 60.0
+
+
+@pytest.fixture(params=['field', 'paper'])
+def world(request, tmp_path):
+    """Return a world with observations, and the file of its model."""
+    config = {'field': field, 'paper': paper}[request.param]()
+    model, path = build(config, torch.float32), tmp_path / 'model.safetensors'
+    save_model(model, path)
+    is_field = request.param == 'field'
+    geometry = Lattice.of(config, 1.3) if is_field else OneTile((-4.0, -4.0), (4.0, 4.0))
+    made = World(model, geometry)
+    x = torch.rand(53, 2, dtype=torch.float64) * 6 - 3
+    made.fold(x, torch.sin(x[:, :1]))
+    return made, path
+
+
+@pytest.fixture
+def helper(world):
+    """Return a helper that is ready."""
+    helper = Helper(str(world[1]), world[0].geometry)
+    wait_for(lambda: helper.is_ready)
+    yield helper
+    helper.close()
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + TIMEOUT_SEC
+    while not condition():
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.01)
+
+
+def is_running(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    with open(f'/proc/{process}/stat', encoding='ascii') as file:
+        return file.read().rsplit(')', 1)[1].split()[0] != 'Z'
+
+
+def test_a_helper_solves_as_this_process_does(world, helper):
+    made, _ = world
+    x_target = torch.rand(19, 2, dtype=torch.float64) * 6 - 3
+    with torch.inference_mode():
+        job = made.begin_refresh(made.tiles.keys())
+        solution = helper.solve(job.request).result(TIMEOUT_SEC)
+        made.end_refresh(job, solution)
+        found = made.predict(x_target, renew=False)
+        assert not made.begin_refresh(made.tiles.keys()).request.levels
+        again = World(made.model, made.geometry)
+        again.load(*made.export(), made.num_observations)
+        for one, other in zip(found, again.predict(x_target), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_who_waits_for_a_helper_that_is_killed_is_told(world, helper):
+    job = world[0].begin_refresh(world[0].tiles.keys())
+    os.kill(helper.process, signal.SIGSTOP)
+    future = helper.solve(job.request)
+    os.kill(helper.process, signal.SIGKILL)
+    assert 'abruptly' in str(future.exception(TIMEOUT_SEC))
+
+
+def test_a_helper_ends_when_it_is_closed(world):
+    helper = Helper(str(world[1]), world[0].geometry)
+    wait_for(lambda: helper.is_ready)
+    process = helper.process
+    assert is_running(process)
+    helper.close()
+    wait_for(lambda: not is_running(process))
+
+
+SCRIPT = """
+import sys, time
+from cmanp_ros.core import Lattice
+from cmanp_ros.helper import Helper
+
+if __name__ == '__main__':
+    helper = Helper('field', Lattice(1.0, 2, 3, 3))
+    while not helper.is_ready:
+        time.sleep(0.01)
+    print(helper.process, flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_helper_does_not_outlive_a_process_that_is_killed(tmp_path):
+    path = tmp_path / 'killed.py'
+    path.write_text(SCRIPT)
+    command, pipe, none = [sys.executable, path], subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=pipe, stderr=none, text=True) as process:
+        helper = int(process.stdout.readline())
+        assert is_running(helper)
+        process.kill()
+    wait_for(lambda: not is_running(helper))
