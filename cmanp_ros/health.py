@@ -494,7 +494,7 @@ def _judge_working(s: Snapshot) -> Verdict:
         return _verdict(
             'overloaded',
             f'{s.num_dropped} messages dropped lately, {s.queue_length} wait{latency}',
-            'send fewer points (voxel_size, max_rate), or give it more num_threads',
+            'send fewer points (voxel_size, max_rate), or let it have two cores (max_processes)',
         )
     if s.tiles_dropped:
         return _verdict(

@@ -167,7 +167,7 @@ class NodeParameters:
     max_processes: int = _parameter(
         2,
         'With 2 a second process solves what was observed, once observations come faster than one '
-        'folds and solves them; it takes some 250 MB of memory. On a CPU only.',
+        'folds and solves them; it takes some 300 MB of memory. On a CPU only.',
         lower=1,
         upper=2,
     )

@@ -15,6 +15,8 @@ BOXES = {  # name: (x, y, what it does, color)
     'admission': (5.0, 3.0, 'thinning, rate', PLAIN),
     'intake': (7.0, 3.0, 'queue, counters', ROS),
     'worker': (7.0, 1.8, 'the one thread', PLAIN),
+    'refresher': (9.0, 1.8, 'what answers have', PLAIN),
+    'helper': (9.0, 0.6, 'a second process', PLAIN),
     'field': (5.0, 1.8, 'meters, field units', PLAIN),
     'core': (3.0, 1.8, 'tiles: two memories', PLAIN),
     'store': (1.0, 1.8, 'tiles on disk', PLAIN),
@@ -33,9 +35,12 @@ ARROWS = [
     ('core', 'store'),
     ('field', 'answers'),
     ('worker', 'displays'),
+    ('worker', 'refresher'),
+    ('refresher', 'helper'),
     ('control', 'field'),
 ]
 BOTH_WAYS = {('core', 'store'), ('field', 'core'), ('control', 'field'), ('field', 'answers')}
+BOTH_WAYS |= {('worker', 'refresher'), ('refresher', 'helper')}
 OUTSIDE = [
     (1.0, 3.75, 'points, observations, any message', (0, -1)),
     (5.0, -0.15, '~/prediction, ~/predict', (0, 1)),
@@ -49,9 +54,9 @@ def main():
     """Draw boxes and arrows."""
     matplotlib.rcParams['svg.fonttype'] = 'none'
     matplotlib.rcParams['svg.hashsalt'] = 'the same file each time'
-    figure = Figure(figsize=(8.4, 4.6))
+    figure = Figure(figsize=(10.4, 4.6))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(-0.2, 8.2), ylim=(-0.75, 4.0))
+    axes.set(xlim=(-0.2, 10.2), ylim=(-0.75, 4.0))
     axes.set_axis_off()
     for name, (x, y, text, color) in BOXES.items():
         corner = (x - WIDTH / 2, y - HEIGHT / 2)
@@ -69,7 +74,7 @@ def main():
         ends = [(x, y + direction * 0.12), (x, edge)]
         axes.annotate('', *(ends if direction > 0 else ends[::-1]), arrowprops=_style('->'))
     legend = 'blue: knows ROS     green: works without ROS     status reads the counters of all'
-    axes.text(4.0, -0.6, legend, ha='center', va='center', size=8.5, color=GRAY)
+    axes.text(5.0, -0.6, legend, ha='center', va='center', size=8.5, color=GRAY)
     figure.savefig(OUTPUT, metadata={'Date': None})
 
 

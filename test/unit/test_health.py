@@ -99,7 +99,7 @@ SITUATIONS = {
     ),
     'overloaded': (
         snapshot(num_dropped=5, queue_length=10, latency_sec=3.2),
-        ('5 messages dropped', '10 wait', '3.2 s', 'num_threads'),
+        ('5 messages dropped', '10 wait', '3.2 s', 'max_processes'),
     ),
     'tiles_dropped': (snapshot(tiles_dropped=11), ('11 tiles', 'store')),
     'not_saved': (

@@ -9,7 +9,7 @@ import torch
 
 from cmanp_ros.core.errors import ConfigError
 from cmanp_ros.core.lattice import FARTHEST, LEAST_WINDOW, Lattice, OneTile, check_bounds, geometry
-from cmanp_ros.core.world import NEAR
+from cmanp_ros.core.neighbourhood import NEAR
 
 N, NUM_LEVELS, FACTOR = 19, 3, 3
 SIZE = {1: 0.7, 2: 1.3, 3: 2.1}  # [m]: no binary fraction
