@@ -503,13 +503,13 @@ class NeuralField:
         """
         Do as `refreshing`, and leave the work to another `Solver`: send each request's solution.
 
-        Observations may be folded, and predictions made, meanwhile.
+        Tiles beside those that somebody asked for are solved, too. Observations may be folded, and predictions made, meanwhile.
         """
-        for tiles in self._tiles_over(x, REFRESHED_ELSEWHERE):
+        for some in self._tiles_over(x, REFRESHED_ELSEWHERE):
             with torch.inference_mode():
-                if not (asked := self.world.asked(tiles)):
+                if not (tiles := self.world.expected(some)):
                     continue
-                job = self.world.begin_refresh(asked)
+                job = self.world.begin_refresh(tiles)
             solution = yield job.request
             with torch.inference_mode():
                 self.world.end_refresh(job, solution)

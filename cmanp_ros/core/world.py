@@ -373,6 +373,14 @@ class World:
             if row in self._asked and self._ready.get(row) == key
         ]
 
+    def expected(self, keys: list[Key]) -> list[Key]:
+        """Return tiles if somebody asked for some of them: for the others somebody soon will."""
+        if not self.asked(keys):
+            return []
+        for row in self.tiles.rows(keys).tolist():
+            self._asked.setdefault(row, 2)  # until they are solved again
+        return keys
+
     def pairs(self, x: Tensor, renew: bool = True) -> Pairs:
         """
         Return the tiles that answer at each target (n, dim_x) and have data, ready to be decoded.

@@ -953,6 +953,25 @@ def test_what_was_asked_for_is_refreshed_in_steps_for_a_while_and_nothing_else(
         assert bool(solved()['posterior']) == is_solved
 
 
+def test_tiles_beside_those_that_somebody_asked_for_are_expected_to_be_asked_for(solved):
+    x, y = points()
+    made, x_target = world_of(x, y), targets()
+    keys = made.tiles.keys()
+    assert made.expected(keys) == []
+    made.predict(x[:1])
+    assert 0 < len(made.asked(keys)) < len(keys)
+    for _ in range(
+        2
+    ):  # they still are after observations, and were solved without being asked for
+        made.fold(x, y + 1.0)
+        assert made.expected(keys) == keys
+        made.refresh(made.expected(keys))
+        solved()
+    found = made.predict(x_target, renew=False)
+    assert not any(solved().values())
+    assert_same_prediction(found, made.predict(x_target))
+
+
 def test_who_cannot_wait_gets_no_answer_from_before_the_last_refresh(monkeypatch):
     monkeypatch.setattr(world, 'REMEMBERED', 1)
     x, y = points()
