@@ -503,7 +503,8 @@ class NeuralField:
         """
         Do as `refreshing`, and leave the work to another `Solver`: send each request's solution.
 
-        Tiles beside those that somebody asked for are solved, too. Observations may be folded, and predictions made, meanwhile.
+        Tiles beside those that somebody asked for are solved, too. Observations may be folded, and
+        predictions made, meanwhile.
         """
         for some in self._tiles_over(x, REFRESHED_ELSEWHERE):
             with torch.inference_mode():
