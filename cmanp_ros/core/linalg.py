@@ -2,13 +2,14 @@
 Factors of many small matrices: what regressions spend their time on.
 
 On a CPU numpy makes Cholesky factors, on one thread. Its OpenBLAS factorizes matrices of about 100
-rows twice as fast as the library of torch where that is Intel's and the processor is not
-(docs/performance.md); several threads on matrices this small wait for each other, for a hundred
-times as long where another process wants a core.
+rows twice as fast as the library of torch where that is Intel's and the processor is not; on
+its own processors that library is faster (docs/performance.md). Several threads on matrices this
+small wait for each other, for a hundred times as long where another process wants a core.
 """
 
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,10 +31,22 @@ def cholesky(matrix: Tensor) -> Tensor:
     if matrix.device.type != 'cpu' or matrix.requires_grad:
         return torch.linalg.cholesky(matrix)
     try:
+        if torch.get_num_threads() == 1 and _suits_library_of_torch():
+            return torch.linalg.cholesky(matrix)
         with _one_thread():
             return torch.from_numpy(np.linalg.cholesky(matrix.numpy()))
-    except np.linalg.LinAlgError as error:
+    except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:
         raise torch.linalg.LinAlgError(f'matrix {tuple(matrix.shape)}: {error}') from error
+
+
+@cache
+def _suits_library_of_torch():
+    """Tell whether the processor is of the same maker as the library: Intel."""
+    try:
+        is_intel = 'GenuineIntel' in Path('/proc/cpuinfo').read_text(encoding='ascii')
+    except OSError:  # no Linux
+        return False
+    return is_intel and torch.backends.mkl.is_available()
 
 
 def bordered(matrix: Tensor, right: Tensor) -> Tensor:

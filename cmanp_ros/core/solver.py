@@ -54,7 +54,7 @@ class Solution(NamedTuple):
     """(wanted, ...): version of the sums, and the hyperparameters, in one row."""
     stale: Tensor | None = None
     """Which of the wanted were solved: those with other inputs than before."""
-    regression: list[Tensor] | None = None
+    regression: list[Tensor] | tuple[()] = ()
     """Of these: `Regression` without covariances, amplitude scale, weights."""
 
 
@@ -114,7 +114,11 @@ class Solver:
         """Return the evidence of the unknown, and of all members of all levels."""
         if not request.unknown.any():
             return None, request.evidence
-        found = least_squares.evidence(self._options, self._variances, request.unknown_sums)
+
+        def solve(sums):
+            return least_squares.evidence(self._options, self._variances, sums)
+
+        found = Evidence(*_in_parts(solve, SOLVED_AT_ONCE, request.unknown_sums))
         if request.evidence is None:
             return found, found
         merged = [part.new_empty(len(request.unknown), *part.shape[1:]) for part in found]
@@ -123,18 +127,27 @@ class Solver:
         return found, Evidence(*merged)
 
     def _marginals(self, sums, evidence, scale, weight):
-        parts = []
-        for some in torch.arange(len(scale)).split(SOLVED_AT_ONCE):
-            own = LeastSquaresSums(*(part[some] for part in sums))
-            found = Evidence(*(part[some] for part in evidence))
-            solved = self.posterior(own, found, scale[some], weight[some])[:-1]
-            parts.append((*solved, scale[some], weight[some]))
-        return [torch.cat(part) for part in zip(*parts, strict=True)] if len(scale) else None
+        """Return regressions without their covariances, and their hyperparameters."""
+
+        def solve(sums, evidence, hyperparameters):
+            return (*self.posterior(sums, evidence, *hyperparameters)[:-1], *hyperparameters)
+
+        return _in_parts(solve, SOLVED_AT_ONCE, sums, evidence, (scale, weight))
 
     def _latents(self, sums):
-        parts = [
-            self._model.latents(AttentionSums(*(part[some] for part in sums)))
-            for some in torch.arange(len(sums.logsumexp)).split(ENCODED_AT_ONCE)
-            if len(some)
-        ]
-        return [torch.cat(part) for part in zip(*parts, strict=True)]
+        return _in_parts(self._model.latents, ENCODED_AT_ONCE, sums)
+
+
+def _in_parts(function, size, *arguments):
+    """
+    Call a function of tuples of tensors (tiles, ...) with some tiles at a time.
+
+    :return: the tensors that it returns, for all tiles; of no tiles none.
+    """
+    parts = []
+    for some in torch.arange(len(arguments[0][0])).split(size):
+        if len(some):
+            own = ([part[some] for part in argument] for argument in arguments)
+            kinds = (getattr(type(argument), '_make', tuple) for argument in arguments)
+            parts.append(function(*(kind(one) for kind, one in zip(kinds, own, strict=True))))
+    return [torch.cat(part) for part in zip(*parts, strict=True)]

@@ -352,7 +352,7 @@ class World:
             self._latents.put(job.old, solution.latents, job.old_version)
         if solution.evidence is not None:
             self._evidence.put(job.unknown, solution.evidence, job.unknown_version)
-        if solution.regression is not None:
+        if len(solution.regression):
             stale = solution.stale
             self._regression.put(job.solved[stale], solution.regression, solution.inputs[stale])
         if num_changes == job.moment[1]:

@@ -7,6 +7,12 @@ from threadpoolctl import threadpool_info
 from cmanp_ros.core import linalg
 
 
+@pytest.fixture(params=[False, True], autouse=True)
+def library(request, monkeypatch):
+    """Run each test with numpy's factorization and with torch's."""
+    monkeypatch.setattr(linalg, '_suits_library_of_torch', lambda: request.param)
+
+
 @pytest.mark.parametrize('shape', [(0, 3), (1, 1), (4, 3), (2, 103)])
 def test_factors_equal_torch(shape):
     root = torch.randn(*shape, shape[-1], dtype=torch.float64)
