@@ -2,11 +2,13 @@
 A second process, which solves tiles while the node folds and answers: no ROS here.
 """
 
-import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 import threading
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -14,14 +16,24 @@ import torch
 from torch import Tensor
 
 from cmanp_ros import checkpoint as files
+from cmanp_ros.core.errors import CMANPError
 from cmanp_ros.core.lattice import Lattice, OneTile
 from cmanp_ros.core.solver import Request, Solver
 from cmanp_ros.memory import keep_freed_memory
+
+TIMEOUT_SEC = 10.0  # for a request, which takes a tenth of a second
+START_SEC = 120.0  # until the model is loaded, on a slow computer
+
+
+class HelperError(CMANPError):
+    """The second process ended, or does not answer."""
 
 
 class Helper:
     """
     A `Solver` in a process of its own. It ends with this process, however this one ends.
+
+    Not by `multiprocessing`, which would import the program that runs the node once more.
     """
 
     def __init__(self, checkpoint: str, geometry: Lattice | OneTile):
@@ -30,61 +42,52 @@ class Helper:
 
         :param checkpoint: of the model, a name or a path.
         """
-        context = multiprocessing.get_context('spawn')
-        self._pool = ProcessPoolExecutor(1, context, _begin, (checkpoint, geometry))
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        self._begun = self._pool.submit(os.getpid)  # a terminal's SIGINT is not for the process
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        self._pipe, theirs = Pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, '-m', 'cmanp_ros.helper', str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path), 'PYTHONSAFEPATH': '1'},
+            start_new_session=True,  # a terminal's Ctrl-C is for the node, which ends this
+        )
+        theirs.close()
+        self._thread = ThreadPoolExecutor(1, 'cmanp helper')
+        self._begun = self._thread.submit(self._exchange, (checkpoint, geometry), START_SEC)
 
     @property
     def is_ready(self) -> bool:
         """Whether it is there, and solves at once."""
         return self._begun.done() and self._begun.exception() is None
 
-    @property
-    def process(self) -> int:
-        """Number of the process, once it is ready."""
-        return self._begun.result()
-
     def solve(self, request: Request) -> Future:
         """
         Have a request solved.
 
-        :return: of its `Solution`; has an exception if the process ended.
+        :return: of its `Solution`; has a `HelperError` if the process ended, or does not answer.
         """
-        future = Future()
-
-        def settle(done):
-            if (error := done.exception()) is None:
-                future.set_result(_each(done.result(), torch.from_numpy))
-            else:
-                future.set_exception(error)
-
-        self._pool.submit(_solve, _each(request, Tensor.numpy)).add_done_callback(settle)
-        return future
+        return self._thread.submit(self._exchange, request, TIMEOUT_SEC)
 
     def close(self):
         """End the process."""
-        self._pool.shutdown(cancel_futures=True)
+        self.process.kill()
+        self._thread.shutdown(cancel_futures=True)
+        self._pipe.close()
+        self.process.wait()
 
-
-def _begin(checkpoint, geometry):
-    """Prepare the process."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    keep_freed_memory()
-    torch.set_num_threads(1)
-    global _solver
-    _solver = Solver(files.load_model(checkpoint), geometry)
-
-
-def _end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-@torch.inference_mode()
-def _solve(request):
-    return _each(_solver.solve(_each(request, torch.from_numpy)), Tensor.numpy)
+    def _exchange(self, sent, timeout_sec):
+        timer = threading.Timer(timeout_sec, self.process.kill)  # sending may take for ever, too
+        timer.start()
+        try:
+            self._pipe.send(_each(sent, Tensor.numpy))
+            found = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            text = f'the second process ended, or gave no answer within {timeout_sec:g} s'
+            raise HelperError(text) from error
+        finally:
+            timer.cancel()
+        if isinstance(found, Exception):
+            raise found
+        return _each(found, torch.from_numpy)
 
 
 def _each(value: Any, change) -> Any:
@@ -95,3 +98,29 @@ def _each(value: Any, change) -> Any:
         return value
     parts = [_each(part, change) for part in value]
     return type(value)(*parts) if hasattr(value, '_fields') else type(value)(parts)
+
+
+@torch.inference_mode()
+def main(arguments=None):
+    """Solve what comes until the other end of the pipe is closed; its number is the argument."""
+    (number,) = sys.argv[1:] if arguments is None else arguments
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    pipe = Connection(int(number))
+    try:
+        checkpoint, geometry = pipe.recv()
+        solver = Solver(files.load_model(checkpoint), geometry)
+        pipe.send(None)
+        while True:
+            request = _each(pipe.recv(), torch.from_numpy)
+            try:
+                found = _each(solver.solve(request), Tensor.numpy)
+            except Exception as error:  # it belongs to who asked
+                found = error
+            pipe.send(found)
+    except (EOFError, OSError):  # the node has ended
+        return
+
+
+if __name__ == '__main__':
+    main()

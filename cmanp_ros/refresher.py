@@ -6,11 +6,10 @@ Brings answers up to date with what was folded; until they are, says what they h
 """
 
 import os
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
-from cmanp_ros.helper import Helper
+from cmanp_ros.helper import Helper, HelperError
 
 PATIENCE = 5  # folds in a row after which others wait already
 
@@ -111,10 +110,10 @@ class Refresher:
         except StopIteration:
             self._end(reached)
         except Exception as error:
-            if isinstance(error, BrokenProcessPool):
-                error = 'the second process ended; the first goes on alone'
-                self._helper, self._changed = None, []
             self._fail(error)
+            if isinstance(error, HelperError):
+                self._helper.close()  # the first process goes on alone
+                self._helper, self._changed = None, []
             self._end(None)
         else:
             worker = self._node.worker

@@ -109,6 +109,13 @@ def _forget_peak() -> bool:
     return True
 
 
+def family(process: int) -> list[int]:
+    """Return a process and those that it started."""
+    threads = Path(f'/proc/{process}/task').glob('*/children')
+    started = ' '.join(path.read_text(encoding='ascii') for path in threads)
+    return [process, *map(int, started.split())]
+
+
 def status_bytes(entry: str, process: int | str = 'self') -> int:
     """Return an entry of what Linux knows of a process, such as 'VmRSS' [bytes]."""
     lines = Path(f'/proc/{process}/status').read_text(encoding='ascii').splitlines()

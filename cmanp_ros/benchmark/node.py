@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cmanp_ros.benchmark.measuring import Record, status_bytes
+from cmanp_ros.benchmark.measuring import Record, family, status_bytes
 from cmanp_ros.core.errors import CMANPError
 
 DURATION_SEC = 60.0
@@ -202,7 +202,7 @@ def over_dds(repeats: int) -> Iterator[Record]:
             time.sleep(2.0)  # until the last status
             points, messages = robot.counts('points'), robot.counts('messages')
             yield record_of(robot, num_points, bool(thinned)) | {
-                'peak_bytes': status_bytes('VmHWM', child.process.pid),
+                'peak_bytes': sum(status_bytes('VmHWM', p) for p in family(child.process.pid)),
                 'messages_folded': messages.folded,
                 'messages_dropped': messages.dropped,
                 'points_folded': points.folded,
@@ -233,6 +233,9 @@ def record_of(robot: Robot, num_points: int, is_thinned: bool) -> Record:
 
 
 def processor_seconds(process: int) -> float:
-    """Return the processor time of a process so far [s]."""
-    fields = Path(f'/proc/{process}/stat').read_text(encoding='ascii').rsplit(')', 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+    """Return the processor time of a process, and of those that it started, so far [s]."""
+    ticks = 0
+    for each in family(process):
+        stat = Path(f'/proc/{each}/stat').read_text(encoding='ascii').rsplit(')', 1)[1].split()
+        ticks += int(stat[11]) + int(stat[12])
+    return ticks / os.sysconf('SC_CLK_TCK')

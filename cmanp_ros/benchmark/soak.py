@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from cmanp_ros.benchmark.measuring import Record, status_bytes
+from cmanp_ros.benchmark.measuring import Record, family, status_bytes
 from cmanp_ros.benchmark.node import PARAMETERS, robot_and_node
 
 SAMPLES = 60  # of the resident memory
@@ -33,7 +33,7 @@ def _samples(robot, process, start, seconds):
     for number in range(1, SAMPLES + 1):
         time.sleep(max(start + number * seconds / SAMPLES - time.monotonic(), 0.0))
         times.append(time.monotonic() - start)
-        sizes.append(status_bytes('VmRSS', process))
+        sizes.append(sum(status_bytes('VmRSS', each) for each in family(process)))
         latency = np.array(robot.latencies or [np.nan])
         record = {
             'work': 'soak',

@@ -1,7 +1,5 @@
 """A node that gets help from a second process, and does without it again."""
 
-import os
-import signal
 from concurrent.futures import Future
 
 import numpy as np
@@ -116,7 +114,7 @@ def test_what_is_solved_for_a_map_that_was_reset_counts_for_nothing(held, client
 
 
 def test_node_goes_on_when_its_helper_is_killed(helped, client, publish):
-    os.kill(helped.refresher._helper.process, signal.SIGKILL)
+    helped.refresher._helper.process.kill()
     for count, seed in ((312, 1), (413, 2)):
         publish(101, seed, sec=10 + seed)
         wait_until_folded(helped, count)

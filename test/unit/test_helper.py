@@ -12,7 +12,7 @@ from small_models import build, field, paper
 
 from cmanp_ros.checkpoint import save_model
 from cmanp_ros.core import Lattice, OneTile, World
-from cmanp_ros.helper import Helper
+from cmanp_ros.helper import Helper, HelperError
 
 TIMEOUT_SEC = 60.0
 
@@ -73,32 +73,52 @@ def test_a_helper_solves_as_this_process_does(world, helper):
 
 def test_who_waits_for_a_helper_that_is_killed_is_told(world, helper):
     job = world[0].begin_refresh(world[0].tiles.keys())
-    os.kill(helper.process, signal.SIGSTOP)
+    helper.process.send_signal(signal.SIGSTOP)
     future = helper.solve(job.request)
-    os.kill(helper.process, signal.SIGKILL)
-    assert 'abruptly' in str(future.exception(TIMEOUT_SEC))
+    helper.process.kill()
+    with pytest.raises(HelperError, match='the second process ended'):
+        future.result(TIMEOUT_SEC)
+
+
+def test_who_waits_for_a_helper_that_does_not_answer_is_told(world, helper, monkeypatch):
+    monkeypatch.setattr('cmanp_ros.helper.TIMEOUT_SEC', 0.1)
+    helper.process.send_signal(signal.SIGSTOP)
+    future = helper.solve(world[0].begin_refresh(world[0].tiles.keys()).request)
+    with pytest.raises(HelperError, match='no answer within 0.1 s'):
+        future.result(TIMEOUT_SEC)
+
+
+def test_a_fault_of_a_helper_is_that_of_who_asked_and_it_goes_on(world, helper):
+    job = world[0].begin_refresh(world[0].tiles.keys())
+    wrong = job.request._replace(levels=None, attention=None)
+    assert isinstance(helper.solve(wrong).exception(TIMEOUT_SEC), TypeError)
+    assert helper.solve(job.request).result(TIMEOUT_SEC).latents
+
+
+def test_a_helper_without_a_model_is_never_ready(world, tmp_path):
+    helper = Helper(str(tmp_path / 'nowhere.safetensors'), world[0].geometry)
+    assert helper.process.wait(TIMEOUT_SEC) and not helper.is_ready
+    helper.close()
 
 
 def test_a_helper_ends_when_it_is_closed(world):
     helper = Helper(str(world[1]), world[0].geometry)
     wait_for(lambda: helper.is_ready)
-    process = helper.process
-    assert is_running(process)
+    assert helper.process.poll() is None
     helper.close()
-    wait_for(lambda: not is_running(process))
+    assert helper.process.returncode is not None
 
 
 SCRIPT = """
 import sys, time
 from cmanp_ros.core import Lattice
-from cmanp_ros.helper import Helper
+from cmanp_ros.helper import Helper, HelperError
 
-if __name__ == '__main__':
-    helper = Helper('field', Lattice(1.0, 2, 3, 3))
-    while not helper.is_ready:
-        time.sleep(0.01)
-    print(helper.process, flush=True)
-    time.sleep(100)
+helper = Helper('field', Lattice(1.0, 2, 3, 3))  # whatever runs it is not run again
+while not helper.is_ready:
+    time.sleep(0.01)
+print(helper.process.pid, flush=True)
+time.sleep(100)
 """
 
 
