@@ -506,7 +506,8 @@ class NeuralField:
         Tiles beside those that somebody asked for are solved, too. Observations may be folded, and
         predictions made, meanwhile.
         """
-        for some in self._tiles_over(x, REFRESHED_ELSEWHERE):
+        room = self.world.tiles.max_tiles // 8  # neighbours are needed, too
+        for some in self._tiles_over(x, max(1, min(REFRESHED_ELSEWHERE, room))):
             with torch.inference_mode():
                 if not (tiles := self.world.expected(some)):
                     continue

@@ -95,10 +95,13 @@ def node(found: list[dict]) -> str:
                 *(milliseconds(row[k]) for k in ('median_s', 'p99_s')),
                 *(milliseconds(row[k]) for k in ('age_median_s', 'age_p99_s')),
                 *(f'{row[k]}' for k in ('grids', 'cores', 'cores_idle')),
+                megabytes(row['peak_bytes']),
             )
         )
     head = '>clouds of | >clouds folded | >dropped | >answers | >latency, median | >99 % | '
-    return table(f'{head}>age of the map, median | >99 % | >grids | >cores | >idle', rows)
+    return table(
+        f'{head}>age of the map, median | >99 % | >grids | >cores | >idle | >peak memory', rows
+    )
 
 
 def paper_flops(config: CMANPConfig, num_points: int) -> int:

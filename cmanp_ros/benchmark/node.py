@@ -21,6 +21,7 @@ NUM_POINTS = (1_000, 10_000)  # of a cloud
 RATE_HZ, QUERY_RATE_HZ, GRID_RATE_HZ = 10.0, 20.0, 2.0
 NUM_TARGETS = 100  # of a query
 SPEED, SIGHT = 1.0, 5.0  # [m/s] of the robot, [m] around it that it sees
+RADIUS = 10.0  # [m] of its circle, which takes more than a minute: there always is something new
 VOXEL_M = 0.25  # of the large clouds: a twentieth of a tile
 
 
@@ -109,8 +110,8 @@ class Robot:
         return counts_from_status(self.status, f'{unit}_')
 
     def _around(self, now, count):
-        angle = SPEED * now / 8.0
-        center = 8.0 * np.array([np.cos(angle), np.sin(angle)])
+        angle = SPEED * now / RADIUS
+        center = RADIUS * np.array([np.cos(angle), np.sin(angle)])
         return center + self._random.uniform(-SIGHT, SIGHT, (count, 2))
 
     def _header(self):

@@ -358,6 +358,8 @@ class World:
         if num_changes == job.moment[1]:
             self._solved.update(job.keys)
             self._solved_at = num_changes
+        else:  # they may have been solved since, and this is what they were before
+            self._solved.difference_update(job.keys)
         rows = job.rows.tolist()
         self._ready.update(zip(rows, job.keys, strict=True))
         for row in rows:
@@ -375,6 +377,7 @@ class World:
 
     def expected(self, keys: list[Key]) -> list[Key]:
         """Return tiles if somebody asked for some of them: for the others somebody soon will."""
+        keys = [key for key in keys if key in self.tiles]
         if not self.asked(keys):
             return []
         for row in self.tiles.rows(keys).tolist():
@@ -390,9 +393,10 @@ class World:
         cover = self.geometry.answering(x)
         keys, tile = _unique(cover.key)
         known = [key for key in keys if key in self.tiles]
-        self.refresh(known if renew else self._not_ready(known))
-        if self._not_ready(known):  # what was needed beside them took the place of some
-            self.refresh(known)
+        if some := known if renew else self._not_ready(known):
+            self.refresh(some)
+            if self._not_ready(known):  # what was needed beside them took the place of some
+                self.refresh(known)
         self._asked.update(dict.fromkeys(self.tiles.rows(known).tolist(), REMEMBERED))
         row = self.tiles.rows(keys)[tile]
         there = row >= 0

@@ -1,6 +1,10 @@
 """What is compared does the same work, and what is measured is what was done."""
 
 import json
+import os
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
@@ -66,6 +70,28 @@ def test_peak_memory_is_that_of_the_call():
     if small is None:
         pytest.skip('Linux does not let the peak of a process be set back here')
     assert 95 * MB < large - small < 105 * MB
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='/proc names the children of a process')
+def test_processes_that_any_thread_started_belong_to_a_process():
+    started = []
+
+    def start():
+        started.append(subprocess.Popen(['sleep', '100']))
+        ended.wait()
+
+    ended = threading.Event()
+    thread = threading.Thread(target=start)
+    thread.start()
+    while not started:
+        pass
+    try:
+        assert {os.getpid(), started[0].pid} <= set(measuring.family(os.getpid()))
+    finally:
+        started[0].kill()
+        started[0].wait()
+        ended.set()
+        thread.join()
 
 
 def test_what_is_called_apart_changes_nothing_here():

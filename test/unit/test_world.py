@@ -1038,6 +1038,18 @@ def test_tiles_solved_while_more_is_folded_are_what_they_were_when_it_began(solv
     assert_same_prediction(made.predict(x_target), whole.predict(x_target))
 
 
+def test_tiles_solved_elsewhere_and_here_meanwhile_are_solved_again_for_who_waits():
+    x, y = points()
+    made, x_target = world_of(x, y), targets()
+    made.predict(x_target)
+    made.fold(x, y + 1.0)
+    job = made.begin_refresh(made.asked(made.tiles.keys()))
+    made.fold(x, y - 3.0)
+    expected = made.predict(x_target)
+    made.end_refresh(job, elsewhere(made, job))
+    assert_same_prediction(made.predict(x_target), expected)
+
+
 @pytest.mark.parametrize('change', ['merge', 'undo', 'clear', 'load', 'page'])
 def test_tiles_solved_for_a_map_that_is_gone_are_left_out(change, new_store):
     x, y = points()
