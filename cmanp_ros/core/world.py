@@ -8,6 +8,7 @@ cannot wait for tiles to be solved is answered from those that were solved last 
 
 import math
 from hashlib import sha256
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from cmanp_ros.core.tiles import Key, Tiles, keys_of
 
 AT_ONCE = 1 << 13  # points or targets times tiles: bounds the memory of one step, fits in caches
 FEW = 1 << 12  # pairs, padded ones included, that go together whatever their tiles
+SPARE = 1 << 10  # pairs of padding that cost less than more calls
 TARGETS_AT_ONCE = 4096
 ORDERED_AT_ONCE = 1 << 16  # targets of which those of a tile are brought together
 REMEMBERED = 20  # refreshes: so often a tile that changes is solved before somebody asks again
@@ -598,6 +600,10 @@ def groups(tile: Tensor, limit: int):
     bucket = count.double().log2().ceil().long()
     if len(tile) and len(tiles) <= limit and len(tiles) * int(count.max()) <= FEW:
         bucket = torch.zeros_like(bucket)  # padding costs less than more calls
+    for small, large in pairwise(bucket.unique().tolist()):
+        some, widest = bucket == small, int(count[bucket == large].max())
+        if int(some.sum()) * widest - int(count[some].sum()) <= SPARE:
+            bucket[some] = large
     for size in bucket.unique().tolist():
         members = (bucket == size).nonzero()[:, 0]
         widest = int(count[members].max())
