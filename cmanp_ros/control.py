@@ -162,6 +162,7 @@ class Control:
                     'nothing to take back: nothing was folded since the start, or since the last '
                     'reset or load, beyond which no undo goes; load a saved map instead'
                 )
+            node.refresher.begin_again()
             for source in node.intake.sources.values():
                 source.admission.clear()  # what was taken back may come again
             response.num_taken_back, response.seconds = taken, seconds

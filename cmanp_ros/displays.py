@@ -17,7 +17,7 @@ from cmanp_ros.planning import is_free, next_best_views
 from cmanp_ros.qos import LATCHED
 from cmanp_ros.worker import is_over
 
-CELLS_AT_ONCE = 500  # some 15 ms: nobody waits longer for an answer because of a grid
+CELLS_AT_ONCE = 500  # some 20 ms: nobody waits longer for an answer because of a grid
 
 
 class Displays:

@@ -5,7 +5,7 @@ The only object that the node holds; usable without ROS.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from uuid import uuid4
 
@@ -21,7 +21,7 @@ from cmanp_ros.core.errors import (
     StateMismatchError,
 )
 from cmanp_ros.core.lattice import geometry
-from cmanp_ros.core.solver import Request
+from cmanp_ros.core.solver import Request, Solution
 from cmanp_ros.core.tiles import keys_of
 from cmanp_ros.store import TileStore
 
@@ -474,8 +474,8 @@ class NeuralField:
 
         :param x: (n, dim_x) [m]. Outside the workspace the answer is the prior, for a location
             that is not finite NaN.
-        :param renew: False: at once, without what was observed since `refreshing`, wherever
-            somebody asked before.
+        :param renew: False: at once, without what was observed since it was solved last (see
+            `refreshing`), wherever somebody asked before.
         :return: mean and stddev, (n, dim_y) each [field units].
         """
         x = _as_matrix(x, self.model.config.dim_x, 'x')
@@ -499,7 +499,7 @@ class NeuralField:
                 self.world.refresh(self.world.asked(tiles))
             yield
 
-    def refreshing_elsewhere(self, x) -> Iterator[Request]:
+    def refreshing_elsewhere(self, x) -> Generator[Request, Solution, None]:
         """
         Do as `refreshing`, and leave the work to another `Solver`: send each request's solution.
 
@@ -509,7 +509,7 @@ class NeuralField:
         room = self.world.tiles.max_tiles // 8  # neighbours are needed, too
         for some in self._tiles_over(x, max(1, min(REFRESHED_ELSEWHERE, room))):
             with torch.inference_mode():
-                if not (tiles := self.world.expected(some)):
+                if not (tiles := self.world.expect(some)):
                     continue
                 job = self.world.begin_refresh(tiles)
             solution = yield job.request
@@ -519,6 +519,10 @@ class NeuralField:
     def _tiles_over(self, x, limit):
         x = _as_matrix(x, self.model.config.dim_x, 'x')
         return self.world.tiles_over(self._tensor(x[self.status(x) == OK]), limit)
+
+    def forget_solved(self):
+        """Have all that is asked for from now on solved as the map is now."""
+        self.world.forget_solved()
 
     def predict_joint(self, x) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """

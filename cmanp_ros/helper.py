@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cmanp_ros import checkpoint as files
-from cmanp_ros.core.errors import CMANPError
+from cmanp_ros.core.errors import CheckpointError, CMANPError
 from cmanp_ros.core.lattice import Lattice, OneTile
 from cmanp_ros.core.solver import Request, Solver
 from cmanp_ros.memory import keep_freed_memory
@@ -36,11 +36,11 @@ class Helper:
     Not by `multiprocessing`, which would import the program that runs the node once more.
     """
 
-    def __init__(self, checkpoint: str, geometry: Lattice | OneTile):
+    def __init__(self, checkpoint: str, weights_hash: str, geometry: Lattice | OneTile):
         """
         Start the process; it is ready some seconds later.
 
-        :param checkpoint: of the model, a name or a path.
+        :param checkpoint: of the model, a name or a path; `weights_hash` of what is in it.
         """
         self._pipe, theirs = Pipe()
         self.process = subprocess.Popen(
@@ -52,12 +52,15 @@ class Helper:
         )
         theirs.close()
         self._thread = ThreadPoolExecutor(1, 'cmanp helper')
-        self._begun = self._thread.submit(self._exchange, (checkpoint, geometry), START_SEC)
+        first = checkpoint, weights_hash, geometry
+        self.begun = self._thread.submit(self._exchange, first, START_SEC)
+        """Done when it is ready; has a `CMANPError` if it never will be."""
 
     @property
     def is_ready(self) -> bool:
         """Whether it is there, and solves at once."""
-        return self._begun.done() and self._begun.exception() is None
+        begun = self.begun
+        return begun.done() and not begun.cancelled() and begun.exception() is None
 
     def solve(self, request: Request) -> Future:
         """
@@ -108,9 +111,11 @@ def main(arguments=None):
     torch.set_num_threads(1)
     pipe = Connection(int(number))
     try:
-        checkpoint, geometry = pipe.recv()
-        solver = Solver(files.load_model(checkpoint), geometry)
-        pipe.send(None)
+        checkpoint, weights_hash, geometry = pipe.recv()
+        model = files.load_model(checkpoint)
+        is_same = files.weights_hash(model) == weights_hash
+        pipe.send(None if is_same else CheckpointError(f'{checkpoint} has other weights by now'))
+        solver = Solver(model, geometry)
         while True:
             request = _each(pipe.recv(), torch.from_numpy)
             try:

@@ -54,9 +54,11 @@ class Refresher:
         """Forget what was being solved: the map is another one."""
         self._num_resets += 1
         self._shown, self._changed = None, []
+        self._node.fleet.combined.forget_solved()
 
     def close(self):
         """End the second process."""
+        self._may_have_helper = False
         if self._helper is not None:
             self._helper.close()
 
@@ -75,34 +77,51 @@ class Refresher:
 
     def refresh(self, x):
         """Solve the map where points were folded, x (n, dim_x): an iterator, see `Worker`."""
-        if self._helper is not None and self._helper.is_ready:
+        try:
+            if self._helper is None or not self._helper.is_ready:
+                yield from self._node.fleet.combined.refreshing(x)
+                return
             self._changed.append(x)
             self._changed_until = self._folded, self._num_resets
             if not self._is_helped:
                 self._start()
-            return
-        try:
-            yield from self._node.fleet.combined.refreshing(x)
         except Exception as error:  # it costs nobody's points
             self._fail(error)
 
     # With a second process -----------------------------------------------------------------------
 
     def _get_help(self):
-        p = self._node.parameters
-        if self._may_have_helper and p.max_processes > 1 and p.device == 'cpu':
-            geometry = self._node.field.geometry
-            self._helper, self._may_have_helper = Helper(p.checkpoint, geometry), False
-            self._node.get_logger().info(
-                'observations come faster than one process folds and solves them: a second one '
-                'helps from now on (max_processes)'
-            )
+        p, field = self._node.parameters, self._node.field
+        if not self._may_have_helper or p.max_processes < 2 or p.device != 'cpu':
+            return
+        self._node.get_logger().info(
+            'observations come faster than one process folds and solves them: a second one is '
+            'started (max_processes)'
+        )
+        try:
+            self._helper = Helper(p.checkpoint, field.weights_hash, field.geometry)
+            self._helper.begun.add_done_callback(self._report)
+        except OSError as error:
+            self._lose(error)
+
+    def _report(self, begun):
+        """Say that the second process is there, or why not; on its thread."""
+        if self._may_have_helper and not begun.cancelled():  # else the node ends
+            if error := begun.exception():
+                self._lose(error)
+            else:
+                self._node.get_logger().info('the second process helps from now on')
+
+    def _lose(self, error):
+        """Go on without a second process, and say so."""
+        text = f'{error}; the first goes on alone until the node is configured again'
+        self._node.warn('no_helper', f'no second process (max_processes): {text}')
+        self._may_have_helper = False
 
     def _start(self):
         x, self._changed = np.concatenate(self._changed), []
-        steps = self._node.fleet.combined.refreshing_elsewhere(x)
         self._is_helped = True
-        self._go_on(steps, self._changed_until, None)
+        self._go_on(self._node.fleet.combined.refreshing_elsewhere(x), self._changed_until, None)
 
     def _go_on(self, steps, reached, done):
         try:
@@ -110,10 +129,13 @@ class Refresher:
         except StopIteration:
             self._end(reached)
         except Exception as error:
-            self._fail(error)
             if isinstance(error, HelperError):
-                self._helper.close()  # the first process goes on alone
+                self._lose(error)
+                self._helper.close()
                 self._helper, self._changed = None, []
+                self._node.fleet.combined.forget_solved()
+            else:
+                self._fail(error)
             self._end(None)
         else:
             worker = self._node.worker
@@ -136,6 +158,8 @@ class Refresher:
             self._shown = None
 
     def _fail(self, error):
+        """Say that something was not solved; who asks has it solved."""
+        self._node.fleet.combined.forget_solved()
         self._node.warn('internal_error', f'a fault, the node goes on: {error!r}')
 
 

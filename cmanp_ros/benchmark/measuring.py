@@ -6,6 +6,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,11 @@ def _forget_peak() -> bool:
 
 def family(process: int) -> list[int]:
     """Return a process and those that it started."""
-    threads = Path(f'/proc/{process}/task').glob('*/children')
-    started = ' '.join(path.read_text(encoding='ascii') for path in threads)
-    return [process, *map(int, started.split())]
+    found = [process]
+    for path in Path(f'/proc/{process}/task').glob('*/children'):
+        with suppress(OSError):  # the thread has ended
+            found += map(int, path.read_text(encoding='ascii').split())
+    return found
 
 
 def status_bytes(entry: str, process: int | str = 'self') -> int:

@@ -43,7 +43,7 @@ def cholesky(matrix: Tensor) -> Tensor:
 def _suits_library_of_torch():
     """Tell whether the processor is of the same maker as the library: Intel."""
     try:
-        is_intel = 'GenuineIntel' in Path('/proc/cpuinfo').read_text(encoding='ascii')
+        is_intel = b'GenuineIntel' in Path('/proc/cpuinfo').read_bytes()
     except OSError:  # no Linux
         return False
     return is_intel and torch.backends.mkl.is_available()
@@ -72,7 +72,7 @@ def eliminate(border: Tensor, ridge: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     :param border: (batch, n + k, n + k), see `bordered`.
     :param ridge: (ridges,); each matrix is solved with each.
-    :param k: number of right-hand sides.
+    :param k: number of right-hand sides, at most n.
     :return: column sums of (L^-1 right)^2, (batch, ridges, k); half the log determinant of the
         matrix with its ridge, (batch, ridges).
     """

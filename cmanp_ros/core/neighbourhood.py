@@ -37,9 +37,11 @@ class Neighbourhood:
     Finds the hyperparameters of tiles from the evidence of others.
     """
 
-    def __init__(self, options: LeastSquaresConfig, geometry: Lattice | OneTile):
+    def __init__(self, options: LeastSquaresConfig | None, geometry: Lattice | OneTile):
         """
         Remember which functions, and where tiles lie.
+
+        :param options: None: of a model without regressions, only `levels` can be had.
         """
         self._options, self._geometry = options, geometry
 

@@ -68,10 +68,10 @@ class Solver:
         Prepare what depends on the model and the lattice alone.
         """
         self._model, self._options = model, model.config.least_squares
+        self.neighbourhood = Neighbourhood(self._options, geometry)
         if self._options is not None:
             dim_x = model.config.dim_x
             self._variances = least_squares.prior_variances(self._options, dim_x)
-            self.neighbourhood = Neighbourhood(self._options, geometry)
 
     def solve(self, request: Request) -> Solution:
         """

@@ -150,8 +150,6 @@ class Tiles:
         self.history = None if undo_window_sec is None else History(undo_window_sec, max_tiles)
         self.num_dropped = 0
         """Tiles lost for want of a store."""
-        self.num_moves = 0
-        """A number that changes whenever a tile leaves its row."""
         self.clear()
 
     @torch.inference_mode(False)  # tensors that can be changed in either mode
@@ -160,7 +158,6 @@ class Tiles:
         if self.history is not None:
             self.history.clear()
         self._row_of: OrderedDict[Key, int] = OrderedDict()  # least recently used first
-        self.num_moves += 1
         self._free = list(range(min(16, self.max_tiles)))[::-1]
         self.totals = {'num_observations': 0, 'log_fading': 0.0}
         if self.store is not None:
@@ -210,6 +207,10 @@ class Tiles:
     def num_changes(self) -> int:
         """Return a number that changes whenever the content of any row does."""
         return self._changes
+
+    def is_in(self, row: int, key: Key) -> bool:
+        """Tell whether a tile lies in a row; it is not brought there."""
+        return self._row_of.get(key) == row
 
     def version(self, rows: Tensor) -> Tensor:
         """Return numbers (n,) that change whenever the content of a row does."""
@@ -428,7 +429,6 @@ class Tiles:
         """Have a tile no longer in memory; without a store it is nowhere then."""
         if key in self._row_of:
             self._free.append(self._row_of.pop(key))
-            self.num_moves += 1
             self._num_tiles -= self.store is None
 
     def _dirty_keys(self):

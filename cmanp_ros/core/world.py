@@ -51,20 +51,23 @@ class Pairs(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Tiles that are being solved, and where the solution goes."""
+    """Tiles that are being solved, and where the solution goes: rows, and their versions then."""
 
     keys: list[Key]
     request: Request
-    moment: tuple
-    """See `World._moment`."""
+    epoch: int
+    num_changes: int
+    """Of the map then."""
     rows: Tensor
     """Of the keys."""
-    solved: Tensor
-    """Of those in `Request.wanted`, and so on."""
-    unknown: Tensor
-    old: Tensor
+    wanted_rows: Tensor
+    """Of `Request.wanted`."""
+    stale_rows: Tensor
+    """Of the tiles that are encoded."""
+    unknown_rows: Tensor
+    """Of the tiles whose evidence is found."""
+    stale_version: Tensor
     unknown_version: Tensor
-    old_version: Tensor
 
 
 class World:
@@ -103,19 +106,14 @@ class World:
         self._regression = _Cache()
         self._latents = _Cache()
         self._ready = {}  # row -> the tile that was solved and encoded there last
-        self._begin_epoch()
+        self.forget_solved()
         self._asked = {}  # row -> how often the tile is still solved before somebody asks again
         self._solved, self._solved_at = set(), -1  # tiles, and `num_changes` then
 
-    def _begin_epoch(self):
+    def forget_solved(self):
         """Have nobody answered from what was solved, or is being solved, until now."""
         self._ready.clear()
         self._epoch += 1
-
-    @property
-    def _moment(self):
-        """Return what lasts while solved tiles are of use and in their rows, and `num_changes`."""
-        return (self._epoch, self.tiles.num_moves), self.tiles.num_changes
 
     @property
     def nbytes(self) -> int:
@@ -168,7 +166,7 @@ class World:
         for some in self._batches(other.tiles.keys(), other.tiles.max_tiles):
             theirs = other.tiles.state(other.tiles.rows(some))
             self.tiles.change(some, merge(self.tiles.state_of(some), theirs))
-        self._begin_epoch()
+        self.forget_solved()
         self.tiles.totals['num_observations'] += other.num_observations
 
     def changed_since(self, earlier: 'World | None') -> list[Key] | None:
@@ -198,12 +196,12 @@ class World:
             for part in parts[1:]:
                 state = merge(state, part.tiles.state_of(some))
             self.tiles.change(some, state)
-        self._begin_epoch()
+        self.forget_solved()
         self.tiles.totals['num_observations'] = sum(part.num_observations for part in parts)
 
     def undo(self, seconds: float, now: float) -> float:
         """Take back the last seconds: see `Tiles.undo`."""
-        self._begin_epoch()
+        self.forget_solved()
         return self.tiles.undo(seconds, now)
 
     def export(self) -> tuple[list[Key], State | None]:
@@ -327,10 +325,10 @@ class World:
             levels = self._solver.neighbourhood.levels(wanted, self.tiles)
         near = [key for level in levels for key in level.members]
         rows = self.tiles.rows([*keys, *near])  # into memory, all of them together
-        rows, near, solved = rows[: len(keys)], rows[len(keys) :], self.tiles.rows(wanted)
-        old = rows[self._latents.is_stale(rows, self.tiles.version(rows))].unique()
+        rows, near, own = rows[: len(keys)], rows[len(keys) :], self.tiles.rows(wanted)
+        stale = rows[self._latents.is_stale(rows, self.tiles.version(rows))].unique()
         unknown = self._evidence.is_stale(near, self.tiles.version(near))
-        request = Request(self.tiles.attention(old), levels)
+        request = Request(self.tiles.attention(stale), levels)
         if levels:
             known = near[~unknown]
             request = request._replace(
@@ -338,36 +336,44 @@ class World:
                 unknown_sums=self.tiles.least_squares(near[unknown]),
                 evidence=Evidence(*self._evidence.get(known)) if len(known) else None,
                 wanted=tuple(wanted),
-                sums=self.tiles.least_squares(solved),
-                version=self.tiles.version(solved),
-                before=self._regression.version(solved),
+                sums=self.tiles.least_squares(own),
+                version=self.tiles.version(own),
+                before=self._regression.version(own),
             )
-        versions = (self.tiles.version(some) for some in (near[unknown], old))
-        return Job(keys, request, self._moment, rows, solved, near[unknown], old, *versions)
+        moment, near = (self._epoch, self.tiles.num_changes), near[unknown]
+        versions = (self.tiles.version(some) for some in (stale, near))
+        return Job(keys, request, *moment, rows, own, stale, near, *versions)
 
     def end_refresh(self, job: 'Job', solution: Solution):
-        """Take over what was solved, unless the map is another one now."""
-        era, num_changes = self._moment
-        if era != job.moment[0]:
+        """
+        Take over what was solved, unless the map is another one now.
+
+        What left its row meanwhile, or was solved since, stays as it is.
+        """
+        if job.epoch != self._epoch:
             return
-        if len(job.old):
-            self._latents.put(job.old, solution.latents, job.old_version)
+        if len(job.stale_rows):
+            self._latents.put(job.stale_rows, solution.latents, job.stale_version)
         if solution.evidence is not None:
-            self._evidence.put(job.unknown, solution.evidence, job.unknown_version)
+            self._evidence.put(job.unknown_rows, solution.evidence, job.unknown_version)
         if len(solution.regression):
-            stale = solution.stale
-            self._regression.put(job.solved[stale], solution.regression, solution.inputs[stale])
-        if num_changes == job.moment[1]:
+            some = solution.stale
+            self._regression.put(job.wanted_rows[some], solution.regression, solution.inputs[some])
+        is_current = job.num_changes == self.tiles.num_changes
+        if is_current:
             self._solved.update(job.keys)
-            self._solved_at = num_changes
-        else:  # they may have been solved since, and this is what they were before
+            self._solved_at = job.num_changes
+        else:  # they may have been solved since, with other neighbours
             self._solved.difference_update(job.keys)
-        rows = job.rows.tolist()
-        self._ready.update(zip(rows, job.keys, strict=True))
-        for row in rows:
+        for row, key in zip(job.rows.tolist(), job.keys, strict=True):
+            if not self.tiles.is_in(row, key):
+                continue
+            self._ready[row] = key
             left = self._asked.pop(row, 0) - 1
             if left > 0:
                 self._asked[row] = left
+            elif not is_current:  # it may have changed, and nobody would solve it again
+                del self._ready[row]
 
     def asked(self, keys: list[Key]) -> list[Key]:
         """Return those tiles that somebody asked for, now or some refreshes ago."""
@@ -377,13 +383,17 @@ class World:
             if row in self._asked and self._ready.get(row) == key
         ]
 
-    def expected(self, keys: list[Key]) -> list[Key]:
-        """Return tiles if somebody asked for some of them: for the others somebody soon will."""
+    def expect(self, keys: list[Key]) -> list[Key]:
+        """
+        Expect that somebody soon asks for tiles, if somebody asked for some of them; return those.
+        """
         keys = [key for key in keys if key in self.tiles]
-        if not self.asked(keys):
+        rows = self.tiles.rows(self.asked(keys)).tolist()
+        if not rows:
             return []
+        most = max(self._asked[row] for row in rows)
         for row in self.tiles.rows(keys).tolist():
-            self._asked.setdefault(row, 2)  # until they are solved again
+            self._asked.setdefault(row, most)
         return keys
 
     def pairs(self, x: Tensor, renew: bool = True) -> Pairs:
@@ -544,9 +554,11 @@ class _Cache:
                 [self._version, self._version.new_full((size, version.shape[1]), -1)]
             )
             self._parts = [torch.cat([p, p.new_zeros(size, *p.shape[1:])]) for p in self._parts]
-        self._version[rows] = version
+        is_new = self._version[rows, 0] <= version[:, 0]  # nothing older takes its place
+        rows = rows[is_new]
+        self._version[rows] = version[is_new]
         for whole, part in zip(self._parts, parts, strict=True):
-            whole[rows] = part
+            whole[rows] = part[is_new]
 
     def get(self, rows):
         return [part[rows] for part in self._parts]
@@ -581,10 +593,6 @@ def _unique(key):
     first = inverse.new_empty(len(distinct))
     first[inverse] = torch.arange(len(key), device=key.device)
     return keys_of(key[first]), inverse
-
-
-def _some(rows, count):
-    return rows.split(count) if len(rows) else ()
 
 
 def groups(tile: Tensor, limit: int):

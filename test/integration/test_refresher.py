@@ -37,8 +37,9 @@ def publish(client):
 
 
 @pytest.fixture
-def helped(start_node, publish):
+def helped(start_node, publish, monkeypatch):
     """Return a node that has help, and was asked everywhere."""
+    monkeypatch.setattr(refresher, '_num_cores', lambda: 2)
     node = start_node()
     node.in_background(node.refresher._get_help).result()
     wait_for(lambda: node.refresher._helper.is_ready)
@@ -123,6 +124,19 @@ def test_node_goes_on_when_its_helper_is_killed(helped, client, publish):
     found, answer = ask(helped, client, x, 1)
     assert answer.num_observations == 413
     np.testing.assert_allclose(found, helped.field.predict(x), rtol=1e-4, atol=1e-5)
+
+
+def test_node_goes_on_when_no_helper_can_be_started(start_node, publish, monkeypatch):
+    def fail(*_):
+        raise OSError('no memory')
+
+    monkeypatch.setattr(refresher, '_num_cores', lambda: 2)
+    monkeypatch.setattr(refresher, 'Helper', fail)
+    node = start_node()
+    node.in_background(node.refresher._get_help).result()
+    publish(211)
+    wait_until_folded(node, 211)
+    assert not node.refresher._may_have_helper
 
 
 @pytest.mark.parametrize('max_processes', [1, 2])

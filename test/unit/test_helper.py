@@ -11,6 +11,7 @@ import torch
 from small_models import build, field, paper
 
 from cmanp_ros.checkpoint import save_model
+from cmanp_ros.checkpoint import weights_hash as hash_of
 from cmanp_ros.core import Lattice, OneTile, World
 from cmanp_ros.helper import Helper, HelperError
 
@@ -34,10 +35,16 @@ def world(request, tmp_path):
 @pytest.fixture
 def helper(world):
     """Return a helper that is ready."""
-    helper = Helper(str(world[1]), world[0].geometry)
+    helper = start(world)
     wait_for(lambda: helper.is_ready)
     yield helper
     helper.close()
+
+
+def start(world, path=None, weights_hash=None):
+    """Start a helper."""
+    made, own = world
+    return Helper(str(path or own), weights_hash or hash_of(made.model), made.geometry)
 
 
 def wait_for(condition):
@@ -63,8 +70,9 @@ def test_a_helper_solves_as_this_process_does(world, helper):
         job = made.begin_refresh(made.tiles.keys())
         solution = helper.solve(job.request).result(TIMEOUT_SEC)
         made.end_refresh(job, solution)
+        again = made.begin_refresh(made.tiles.keys())  # nothing is left to do
+        assert not again.request.levels and not len(again.stale_rows)
         found = made.predict(x_target, renew=False)
-        assert not made.begin_refresh(made.tiles.keys()).request.levels
         again = World(made.model, made.geometry)
         again.load(*made.export(), made.num_observations)
         for one, other in zip(found, again.predict(x_target), strict=True):
@@ -96,13 +104,19 @@ def test_a_fault_of_a_helper_is_that_of_who_asked_and_it_goes_on(world, helper):
 
 
 def test_a_helper_without_a_model_is_never_ready(world, tmp_path):
-    helper = Helper(str(tmp_path / 'nowhere.safetensors'), world[0].geometry)
-    assert helper.process.wait(TIMEOUT_SEC) and not helper.is_ready
+    helper = start(world, path=tmp_path / 'nowhere.safetensors')
+    assert isinstance(helper.begun.exception(TIMEOUT_SEC), HelperError) and not helper.is_ready
+    helper.close()
+
+
+def test_a_helper_with_other_weights_is_never_ready(world):
+    helper = start(world, weights_hash='of others')
+    assert 'has other weights by now' in str(helper.begun.exception(TIMEOUT_SEC))
     helper.close()
 
 
 def test_a_helper_ends_when_it_is_closed(world):
-    helper = Helper(str(world[1]), world[0].geometry)
+    helper = start(world)
     wait_for(lambda: helper.is_ready)
     assert helper.process.poll() is None
     helper.close()
@@ -111,10 +125,12 @@ def test_a_helper_ends_when_it_is_closed(world):
 
 SCRIPT = """
 import sys, time
+from cmanp_ros.checkpoint import load_model, weights_hash
 from cmanp_ros.core import Lattice
-from cmanp_ros.helper import Helper, HelperError
+from cmanp_ros.helper import Helper
 
-helper = Helper('field', Lattice(1.0, 2, 3, 3))  # whatever runs it is not run again
+# Whatever runs it is not run again.
+helper = Helper('field', weights_hash(load_model('field')), Lattice(1.0, 2, 3, 3))
 while not helper.is_ready:
     time.sleep(0.01)
 print(helper.process.pid, flush=True)

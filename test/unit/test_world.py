@@ -957,15 +957,15 @@ def test_tiles_beside_those_that_somebody_asked_for_are_expected_to_be_asked_for
     x, y = points()
     made, x_target = world_of(x, y), targets()
     keys = made.tiles.keys()
-    assert made.expected(keys) == []
+    assert made.expect(keys) == []
     made.predict(x[:1])
     assert 0 < len(made.asked(keys)) < len(keys)
     for _ in range(
         2
     ):  # they still are after observations, and were solved without being asked for
         made.fold(x, y + 1.0)
-        assert made.expected(keys) == keys
-        made.refresh(made.expected(keys))
+        assert made.expect(keys) == keys
+        made.refresh(made.expect(keys))
         solved()
     found = made.predict(x_target, renew=False)
     assert not any(solved().values())
@@ -1038,6 +1038,46 @@ def test_tiles_solved_while_more_is_folded_are_what_they_were_when_it_began(solv
     assert_same_prediction(made.predict(x_target), whole.predict(x_target))
 
 
+def test_who_is_no_longer_asked_for_when_a_solution_comes_is_solved_for_the_next(monkeypatch):
+    monkeypatch.setattr(world, 'REMEMBERED', 1)
+    x, y = points()
+    made, x_target = world_of(x, y), targets()
+    made.predict(x_target)
+    made.fold(x, y + 1.0)
+    job = made.begin_refresh(made.asked(made.tiles.keys()))
+    made.fold(x, y - 3.0)
+    made.end_refresh(job, elsewhere(made, job))
+    found = made.predict(x_target, renew=False)  # nothing else would solve them again
+    assert_same_prediction(found, made.predict(x_target))
+
+
+def test_tiles_that_are_expected_are_forgotten_with_those_that_were_asked_for(monkeypatch):
+    monkeypatch.setattr(world, 'REMEMBERED', 5)
+    x, y = points()
+    made = world_of(x, y)
+    keys, count = made.tiles.keys(), 0
+    made.predict(x[:1])
+    while made.expect(keys):
+        if count == 3:
+            made.predict(x[:1])
+        made.fold(x, y)
+        made.refresh(made.expect(keys))
+        count += 1
+        assert count < 20
+    assert count == 8
+
+
+def test_tiles_without_a_regression_that_are_only_in_a_store_are_predicted(new_store):
+    x, y = points()
+    model = model_of(kind='paper')
+    store, geometry = new_store(), OneTile((-9.0, -9.0), (9.0, 9.0))
+    made = World(model, geometry, store=store)
+    made.fold(x, y)
+    expected = made.predict(x)
+    made.tiles.flush()
+    assert_same_prediction(World(model, geometry, store=store).predict(x), expected)
+
+
 def test_tiles_solved_elsewhere_and_here_meanwhile_are_solved_again_for_who_waits():
     x, y = points()
     made, x_target = world_of(x, y), targets()
@@ -1072,7 +1112,7 @@ def test_tiles_solved_for_a_map_that_is_gone_are_left_out(change, new_store):
     keys, state = made.export()
     expected = World(model_of(), lattice())
     expected.load(keys, state, made.num_observations)
-    found = made.predict(x_target, renew=change == 'page')
+    found = made.predict(x_target, renew=False)
     assert_same_prediction(found, expected.predict(x_target))
 
 
