@@ -104,12 +104,11 @@ def _each(value: Any, change) -> Any:
 
 
 @torch.inference_mode()
-def main(arguments=None):
+def main():
     """Solve what comes until the other end of the pipe is closed; its number is the argument."""
-    (number,) = sys.argv[1:] if arguments is None else arguments
     keep_freed_memory()
     torch.set_num_threads(1)
-    pipe = Connection(int(number))
+    pipe = Connection(int(sys.argv[1]))
     try:
         checkpoint, weights_hash, geometry = pipe.recv()
         model = files.load_model(checkpoint)

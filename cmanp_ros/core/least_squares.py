@@ -276,11 +276,8 @@ def _solve(gram, moment, variances, noise2):
     scale, k = variances.sqrt(), moment.shape[-1]
     scale = torch.cat([scale, scale.new_ones(len(scale), k)], 1)
     border = bordered(gram, moment).unsqueeze(1) * (scale.unsqueeze(-1) * scale.unsqueeze(-2))
-    explained, half_log = eliminate(border.flatten(0, 1), noise2, k)
-    half_log = half_log - gram.shape[-1] / 2 * noise2.log()  # that of the noise alone
-    return tuple(
-        part.unflatten(0, border.shape[:2]).flatten(1, 2) for part in (explained, half_log)
-    )
+    explained, half_log = _halfway(border, noise2, k)
+    return explained.flatten(1, 2), half_log.flatten(1, 2)
 
 
 def _solve_few(rows, right, variances, noise2):
@@ -289,12 +286,20 @@ def _solve_few(rows, right, variances, noise2):
     """
     inner = (rows.unsqueeze(1) * variances.unsqueeze(1)) @ rows.mT.unsqueeze(1)
     each = right.unsqueeze(1).expand(-1, len(variances), -1, -1)
-    border = bordered(inner.flatten(0, 1), each.flatten(0, 1))
-    half, half_log = eliminate(border, noise2, right.shape[-1])
-    half_log = half_log - rows.shape[1] / 2 * noise2.log()
-    half, half_log = (part.unflatten(0, inner.shape[:2]) for part in (half, half_log))
+    half, half_log = _halfway(bordered(inner, each), noise2, right.shape[-1])
     explained = right.square().sum(1)[:, None, None] - noise2.unsqueeze(1) * half
     return explained.flatten(1, 2), half_log.flatten(1, 2)
+
+
+def _halfway(border, noise2, k):
+    """
+    Do as `eliminate` for (batch, kernels, n + k, n + k): (batch, kernels, noises, ...) each.
+
+    The half log determinants are less that of the noise alone.
+    """
+    solved, half_log = eliminate(border.flatten(0, 1), noise2, k)
+    half_log = half_log - (border.shape[-1] - k) / 2 * noise2.log()
+    return (part.unflatten(0, border.shape[:2]) for part in (solved, half_log))
 
 
 def _noise2(config, like):

@@ -53,11 +53,12 @@ def bordered(matrix: Tensor, right: Tensor) -> Tensor:
     """
     Return symmetric matrices with right-hand sides beside and below: what `eliminate` takes.
 
-    :param matrix: (batch, n, n); `right` (batch, n, k).
-    :return: (batch, n + k, n + k).
+    :param matrix: (..., n, n); `right` (..., n, k).
+    :return: (..., n + k, n + k).
     """
-    n, k = right.shape[-2:]
-    corner = BEYOND * torch.eye(k, dtype=right.dtype, device=right.device).expand(len(right), k, k)
+    k = right.shape[-1]
+    corner = BEYOND * torch.eye(k, dtype=right.dtype, device=right.device)
+    corner = corner.expand(*right.shape[:-2], k, k)
     above, below = torch.cat([matrix, right], -1), torch.cat([right.mT, corner], -1)
     return torch.cat([above, below], -2)
 

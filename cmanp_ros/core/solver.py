@@ -81,19 +81,16 @@ class Solver:
         if not request.levels:
             return Solution(latents)
         found, evidence = self._evidence(request)
-        keys, scale, weight = self.neighbourhood.hyperparameters(request.levels, evidence)
+        keys, own, scale, weight = self.neighbourhood.hyperparameters(request.levels, evidence)
         place = {key: i for i, key in enumerate(keys)}
         wanted = torch.tensor([place[key] for key in request.wanted])
         scale, weight = scale[wanted], weight[wanted]
         inputs = torch.cat([scale.unsqueeze(1), weight], 1).flatten(1)
         inputs = torch.cat([request.version.unsqueeze(1).double(), inputs], 1)
         stale = (inputs != request.before).any(1).nonzero()[:, 0]
-        names = [key for level in request.levels for key in level.members]
-        place = {key: i for i, key in enumerate(names)}
-        own = torch.tensor([place[request.wanted[i]] for i in stale.tolist()], dtype=torch.int64)
         solved = self._marginals(
             LeastSquaresSums(*(part[stale] for part in request.sums)),
-            Evidence(*(part[own] for part in evidence)),
+            Evidence(*(part[wanted[stale]] for part in own)),
             *(scale[stale], weight[stale]),
         )
         return Solution(latents, found, inputs, stale, solved)

@@ -310,7 +310,7 @@ class World:
         job = self.begin_refresh(keys)
         self.end_refresh(job, self._solver.solve(job.request))
 
-    def begin_refresh(self, keys: list[Key]) -> 'Job':
+    def begin_refresh(self, keys: list[Key]) -> Job:
         """
         Return what is to be done to `refresh`, by any `Solver` of this model and lattice.
 
@@ -344,7 +344,7 @@ class World:
         versions = (self.tiles.version(some) for some in (stale, near))
         return Job(keys, request, *moment, rows, own, stale, near, *versions)
 
-    def end_refresh(self, job: 'Job', solution: Solution):
+    def end_refresh(self, job: Job, solution: Solution):
         """
         Take over what was solved, unless the map is another one now.
 

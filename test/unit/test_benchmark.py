@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -74,24 +74,13 @@ def test_peak_memory_is_that_of_the_call():
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='/proc names the children of a process')
 def test_processes_that_any_thread_started_belong_to_a_process():
-    started = []
-
-    def start():
-        started.append(subprocess.Popen(['sleep', '100']))
-        ended.wait()
-
-    ended = threading.Event()
-    thread = threading.Thread(target=start)
-    thread.start()
-    while not started:
-        pass
-    try:
-        assert {os.getpid(), started[0].pid} <= set(measuring.family(os.getpid()))
-    finally:
-        started[0].kill()
-        started[0].wait()
-        ended.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as thread:
+        child = thread.submit(subprocess.Popen, ['sleep', '100']).result()
+        try:
+            assert {os.getpid(), child.pid} <= set(measuring.family(os.getpid()))
+        finally:
+            child.kill()
+            child.wait()
 
 
 def test_what_is_called_apart_changes_nothing_here():

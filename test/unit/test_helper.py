@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from select import select
 
 import pytest
 import torch
@@ -36,7 +36,8 @@ def world(request, tmp_path):
 def helper(world):
     """Return a helper that is ready."""
     helper = start(world)
-    wait_for(lambda: helper.is_ready)
+    helper.begun.result(TIMEOUT_SEC)
+    assert helper.is_ready
     yield helper
     helper.close()
 
@@ -45,22 +46,6 @@ def start(world, path=None, weights_hash=None):
     """Start a helper."""
     made, own = world
     return Helper(str(path or own), weights_hash or hash_of(made.model), made.geometry)
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + TIMEOUT_SEC
-    while not condition():
-        assert time.monotonic() < deadline, condition
-        time.sleep(0.01)
-
-
-def is_running(process):
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    with open(f'/proc/{process}/stat', encoding='ascii') as file:
-        return file.read().rsplit(')', 1)[1].split()[0] != 'Z'
 
 
 def test_a_helper_solves_as_this_process_does(world, helper):
@@ -117,24 +102,23 @@ def test_a_helper_with_other_weights_is_never_ready(world):
 
 def test_a_helper_ends_when_it_is_closed(world):
     helper = start(world)
-    wait_for(lambda: helper.is_ready)
+    helper.begun.result(TIMEOUT_SEC)
     assert helper.process.poll() is None
     helper.close()
     assert helper.process.returncode is not None
 
 
 SCRIPT = """
-import sys, time
+import signal
 from cmanp_ros.checkpoint import load_model, weights_hash
 from cmanp_ros.core import Lattice
 from cmanp_ros.helper import Helper
 
 # Whatever runs it is not run again.
 helper = Helper('field', weights_hash(load_model('field')), Lattice(1.0, 2, 3, 3))
-while not helper.is_ready:
-    time.sleep(0.01)
+helper.begun.result()
 print(helper.process.pid, flush=True)
-time.sleep(100)
+signal.pause()
 """
 
 
@@ -143,7 +127,8 @@ def test_a_helper_does_not_outlive_a_process_that_is_killed(tmp_path):
     path.write_text(SCRIPT)
     command, pipe, none = [sys.executable, path], subprocess.PIPE, subprocess.DEVNULL
     with subprocess.Popen(command, stdout=pipe, stderr=none, text=True) as process:
-        helper = int(process.stdout.readline())
-        assert is_running(helper)
+        helper = os.pidfd_open(int(process.stdout.readline()))  # readable once it has ended
+        assert not select([helper], [], [], 0)[0]
         process.kill()
-    wait_for(lambda: not is_running(helper))
+    assert select([helper], [], [], TIMEOUT_SEC)[0]
+    os.close(helper)

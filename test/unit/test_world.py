@@ -1019,13 +1019,19 @@ def elsewhere(made, job):
     return Solver(made.model, made.geometry).solve(job.request)
 
 
-def test_tiles_solved_while_more_is_folded_are_what_they_were_when_it_began(solved):
-    x, y = points()
-    made, x_target = world_of(x, y), targets()
+def being_solved(x, y, x_target):
+    """Return a world of y, y + 1 and y - 3, and a job that was begun before the last of these."""
+    made = world_of(x, y)
     made.predict(x_target)
     made.fold(x, y + 1.0)
     job = made.begin_refresh(made.asked(made.tiles.keys()))
     made.fold(x, y - 3.0)
+    return made, job
+
+
+def test_tiles_solved_while_more_is_folded_are_what_they_were_when_it_began(solved):
+    (x, y), x_target = points(), targets()
+    made, job = being_solved(x, y, x_target)
     made.end_refresh(job, elsewhere(made, job))
     solved()
     found = made.predict(x_target, renew=False)
@@ -1040,12 +1046,8 @@ def test_tiles_solved_while_more_is_folded_are_what_they_were_when_it_began(solv
 
 def test_who_is_no_longer_asked_for_when_a_solution_comes_is_solved_for_the_next(monkeypatch):
     monkeypatch.setattr(world, 'REMEMBERED', 1)
-    x, y = points()
-    made, x_target = world_of(x, y), targets()
-    made.predict(x_target)
-    made.fold(x, y + 1.0)
-    job = made.begin_refresh(made.asked(made.tiles.keys()))
-    made.fold(x, y - 3.0)
+    x_target = targets()
+    made, job = being_solved(*points(), x_target)
     made.end_refresh(job, elsewhere(made, job))
     found = made.predict(x_target, renew=False)  # nothing else would solve them again
     assert_same_prediction(found, made.predict(x_target))
@@ -1079,12 +1081,8 @@ def test_tiles_without_a_regression_that_are_only_in_a_store_are_predicted(new_s
 
 
 def test_tiles_solved_elsewhere_and_here_meanwhile_are_solved_again_for_who_waits():
-    x, y = points()
-    made, x_target = world_of(x, y), targets()
-    made.predict(x_target)
-    made.fold(x, y + 1.0)
-    job = made.begin_refresh(made.asked(made.tiles.keys()))
-    made.fold(x, y - 3.0)
+    x_target = targets()
+    made, job = being_solved(*points(), x_target)
     expected = made.predict(x_target)
     made.end_refresh(job, elsewhere(made, job))
     assert_same_prediction(made.predict(x_target), expected)
