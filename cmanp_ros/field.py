@@ -20,7 +20,7 @@ from cmanp_ros.core.errors import (
     InputError,
     StateMismatchError,
 )
-from cmanp_ros.core.lattice import geometry
+from cmanp_ros.core.lattice import REACH, geometry
 from cmanp_ros.core.solver import Request, Solution
 from cmanp_ros.core.tiles import keys_of
 from cmanp_ros.store import TileStore
@@ -466,7 +466,7 @@ class NeuralField:
         if isinstance(self.geometry, OneTile):
             return np.array([[self.geometry.lower, self.geometry.upper] for _ in keys])
         index = np.array(keys).reshape(len(keys), self.geometry.dim_x)
-        return np.stack([index, index + 2], axis=1) * self.geometry.spacing(level)
+        return np.stack([index - REACH, index + REACH], axis=1) * self.geometry.spacing(level)
 
     def predict(self, x, renew: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """

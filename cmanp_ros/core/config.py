@@ -17,7 +17,7 @@ class LeastSquaresConfig:
     """
 
     functions_per_axis: int = 10
-    box_half_width: float = 2.8
+    box_half_width: float = 2.15
     """Half width [model units] of the box whose Laplacian eigenfunctions are the basis."""
     smoothnesses: tuple[float, ...] = (1.5,)
     """Matern smoothnesses; inf is the RBF kernel."""
@@ -36,7 +36,7 @@ class LeastSquaresConfig:
     """The same for the linear functions: narrow, or half-seen maps extrapolate wildly."""
     voxels_per_axis: int = 15
     """Resolution of the map of where points lay, over [-2, 2]: about that of the basis."""
-    points_per_voxel: float = 1.0
+    points_per_voxel: float = 2.0
     """Points of a voxel that count in full; see `least_squares.solve`."""
     num_averaged: int = 8
     """Settings of the grid, those of most evidence, that a prediction averages at most."""

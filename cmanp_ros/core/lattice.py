@@ -1,9 +1,9 @@
 """
 Where tiles lie: square tiles on a lattice in several levels, or one tile over a workspace.
 
-In tile coordinates a tile spans [-2, 2] along every axis. On a lattice neighbouring tiles overlap
-by half, so that every location lies in two tiles of a level along each axis, and the squared
-cosine windows of a level add up to one everywhere.
+In tile coordinates a tile spans [-2, 2] along every axis. On a lattice neighbouring tiles overlap,
+so that a location lies in one or two tiles of a level along each axis. Their windows are squared
+cosines, divided by their sum: those of a level add up to one everywhere.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from cmanp_ros.core.config import CMANPConfig
 from cmanp_ros.core.errors import ConfigError
 
 HALF_WIDTH = 2.0  # of a tile, in tile coordinates
-LEAST_WINDOW = 0.2  # of the mean window: with less a tile does not answer
+REACH = 0.75  # [spacings] from the center of a tile to its borders
 FARTHEST = 2.0**40  # [tiles] from the origin: beyond it neighbours could not be told apart
 
 
@@ -32,19 +32,19 @@ class Cover(NamedTuple):
     x: Tensor
     """(pairs, dim_x): the location in tile coordinates."""
     window: Tensor
-    """(pairs,): weight of the tile, 0 at its border."""
+    """(pairs,): weight of the tile, towards 0 at its border."""
 
 
 @dataclass(frozen=True)
 class Lattice:
     """
-    An unbounded lattice; the origin of the map frame is a corner of a tile in every level.
+    An unbounded lattice; the origin of the map frame is the center of a tile in every level.
 
-    Tile k of a level with spacing h spans [k h, (k + 2) h] along each axis.
+    Tile k of a level with spacing h spans ((k - 0.75) h, (k + 0.75) h) along each axis.
     """
 
     tile_size: float
-    """[m] spacing of the finest tiles; each spans two of them."""
+    """[m] spacing of the finest tiles; each spans 1.5 of them."""
     dim_x: int
     num_levels: int
     level_factor: int
@@ -78,30 +78,20 @@ class Lattice:
         levels = range(self.num_levels) if level is None else (level,)
         return Cover(*map(torch.cat, zip(*(self._cover(x, one) for one in levels), strict=True)))
 
-    def answering(self, x: Tensor) -> Cover:
-        """
-        Return the tiles that answer at each location: not those at whose border it lies.
-
-        They know least of it, and are a third of all that cover it. Windows fade to zero where a
-        tile stops to answer, and those of a level still add up to one.
-
-        :param x: (n, dim_x) [m].
-        """
-        cover, count = self.cover(x), 2**self.dim_x
-        window = (cover.window.view(-1, count) - LEAST_WINDOW / count).clamp(min=0)  # of a level
-        window = (window / window.sum(1, keepdim=True)).flatten()
-        return Cover(*(part[window > 0] for part in cover._replace(window=window)))
-
     def _cover(self, x, level):
         position = x.double() / self.spacing(level)  # (n, dim_x)
-        cell = position.floor()
+        first = position.floor()
+        beyond = (position - first).unsqueeze(1) - position.new_tensor([0, 1]).unsqueeze(-1)
+        u = beyond * (HALF_WIDTH / REACH)
+        window = torch.where(u.abs() < HALF_WIDTH, torch.cos(u * (torch.pi / 4)).square(), 0.0)
+        window = window / window.sum(1, keepdim=True)  # (n, 2, dim_x): one axis at a time
         steps = torch.tensor(list(product((0, 1), repeat=self.dim_x)), device=x.device)
-        tile = cell.unsqueeze(1) - steps  # (n, 2**dim_x, dim_x)
-        u = HALF_WIDTH * (position.unsqueeze(1) - tile - 1)
-        window = torch.cos(u * (torch.pi / 4)).square().prod(-1)
-        key = torch.nn.functional.pad(tile.long(), (1, 0), value=level)
-        index = torch.arange(len(x), device=x.device).repeat_interleave(len(steps))
-        return index, key.flatten(0, 1), u.flatten(0, 1), window.flatten()
+        axes = torch.arange(self.dim_x, device=x.device)
+        window = window[:, steps, axes].prod(-1)  # (n, 2**dim_x)
+        index, which = (window > 0).nonzero(as_tuple=True)
+        u = u[index.unsqueeze(1), steps[which], axes]
+        key = torch.nn.functional.pad(first.long()[index] + steps[which], (1, 0), value=level)
+        return index, key, u, window[index, which]
 
     def order(self, x: Tensor) -> Tensor:
         """Return an order (n,) of locations in which those of a tile of any level are together."""
@@ -130,7 +120,7 @@ class Lattice:
 
     def center(self, key: Tensor) -> Tensor:
         """Return the centers [m] of tiles (n, 1 + dim_x), (n, dim_x)."""
-        return (key[:, 1:] + 1) * self.spacing(key[:, :1].double())
+        return key[:, 1:] * self.spacing(key[:, :1].double())
 
     def to_dict(self) -> dict:
         """Return plain values, ready for JSON."""
@@ -173,10 +163,6 @@ class OneTile:
         index = torch.arange(len(x), device=x.device)
         key = torch.zeros(len(x), 1 + self.dim_x, dtype=torch.int64, device=x.device)
         return Cover(index, key, u, torch.ones_like(u[:, 0]))
-
-    def answering(self, x: Tensor) -> Cover:
-        """Return the one tile for each location (n, dim_x) [m]; see `Lattice.answering`."""
-        return self.cover(x)
 
     def order(self, x: Tensor) -> Tensor:
         """Return the locations (n, dim_x) as they come; see `Lattice.order`."""

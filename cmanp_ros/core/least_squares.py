@@ -78,15 +78,15 @@ def prior_variances(config: LeastSquaresConfig, dim_x: int) -> Tensor:
 
     :return: (num_kernels, num_functions), one row for each smoothness and length.
     """
-    omega = basis.frequencies(config, dim_x)
-    linear = torch.tensor(
-        [config.offset_variance] + [config.slope_variance] * dim_x, dtype=torch.float64
-    )
+    omega, norms = basis.frequencies(config, dim_x), basis.squared_norms(config, dim_x)
+    linear = torch.full((dim_x,), config.slope_variance, dtype=torch.float64)
     rows = [
-        torch.cat([spectral_density(omega, nu, length) + 1e-10, linear])
+        torch.cat([(spectral_density(omega, nu, length) + 1e-10) / norms, linear])
         for nu, length in product(config.smoothnesses, config.lengths)
     ]
-    return torch.stack(rows)
+    variances = torch.stack(rows)
+    variances[:, CONSTANT] += config.offset_variance
+    return variances
 
 
 def sums(
@@ -151,6 +151,7 @@ def merge(a: LeastSquaresSums, b: LeastSquaresSums) -> LeastSquaresSums:
     return LeastSquaresSums(*added, voxel_freshness=freshest)
 
 
+CONSTANT = 0  # which function is the constant 1
 ROUNDING = 1e-9  # relative, of sums of many millions of points
 NEARLY_ZERO = 1e-12  # a function's mean square where all points lie on its zeros, after rounding
 
@@ -169,7 +170,7 @@ def is_possible(
     """
     more, count, gram = 1 + ROUNDING, a.count, _gram(config, a)
     seen, in_voxels = num_observations.to(count), a.voxel_count.sum(1)
-    constant = gram[:, _constant(config, gram.shape[-1]), _constant(config, gram.shape[-1])]
+    constant = gram[:, CONSTANT, CONSTANT]
     is_present = (a.voxel_freshness > 0) == (a.voxel_count > 0)
     holds = [
         (count >= 0) & (count <= more * seen),
@@ -415,7 +416,7 @@ def posterior(
     spread = spread.permute(0, 3, 1, 2)  # the settings disagree: that is uncertainty too
     covariance += spread.mT @ spread
 
-    mean[:, _constant(config, mean.shape[1])] += center
+    mean[:, CONSTANT] += center
 
     grid = _grid(config).to(gram.device)  # (settings, 3)
     moments = torch.einsum('bso,sp->bop', weight, torch.cat([grid, grid.square()], -1))
@@ -490,12 +491,12 @@ def _honest_sums(config, a):
     of the field costs nothing, however far it is beyond the relief.
     """
     honesty = _honesty(config, a)  # (batch,)
-    gram, constant = _gram(config, a), _constant(config, a.moment.shape[1])
-    center = a.moment[:, constant] / a.count.clamp(min=1e-300).unsqueeze(-1)
+    gram = _gram(config, a)
+    center = a.moment[:, CONSTANT] / a.count.clamp(min=1e-300).unsqueeze(-1)
     if not config.offset_variance:  # the mean is known to be 0
         center = torch.zeros_like(center)
-    moment = a.moment - gram[:, :, constant].unsqueeze(-1) * center.unsqueeze(1)
-    sum_squares = (a.sum_squares - center * a.moment[:, constant]).clamp(min=0)
+    moment = a.moment - gram[:, :, CONSTANT].unsqueeze(-1) * center.unsqueeze(1)
+    sum_squares = (a.sum_squares - center * a.moment[:, CONSTANT]).clamp(min=0)
     return (
         gram * honesty[:, None, None],
         moment * honesty[:, None, None],
@@ -510,13 +511,6 @@ def _gram(config, a):
     Return sum phi phi^T, (batch, num_functions, num_functions).
     """
     return basis.gram(config, basis.dim_of(config, a.moment.shape[1]), a.gram)
-
-
-def _constant(config, num_functions):
-    """
-    Return where the constant stands among the functions: after the eigenfunctions.
-    """
-    return num_functions - 1 - basis.dim_of(config, num_functions)
 
 
 def _honesty(config, a):

@@ -177,7 +177,7 @@ def one_tile(options: LeastSquaresConfig) -> Callable:
 
 ONE_TILE = LeastSquaresConfig(
     functions_per_axis=16,
-    box_half_width=2.5,
+    box_half_width=2.2,
     smoothnesses=(2.5, inf),
     lengths=(0.24, 0.3, 0.38, 0.48, 0.6, 0.76, 0.96, 1.2, 1.5),
     noise_ratios=(0.02, 0.03, 0.045, 0.067, 0.1, 0.15, 0.225, 0.34, 0.5, 0.7),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmanp_ros.core import basis
+from cmanp_ros.core import basis, least_squares
 from cmanp_ros.core.config import LeastSquaresConfig
 
 BATCH, N, DIM_Y = 3, 29, 2
@@ -29,20 +29,23 @@ def random_covariance(config, dim_x, *batch):
 
 
 @pytest.mark.parametrize('learns', [False, True])
-def test_factors_are_sines_cosines_and_coordinates(case, learns):
+def test_factors_are_cosines_and_coordinates(case, learns):
     dim_x, config, x = case
-    sine, cosine, linear = (
+    cosine, linear = (
         part.detach() for part in basis.factors(config, x.clone().requires_grad_(learns))
     )
-    m = config.functions_per_axis
+    count = 2 * config.functions_per_axis - 1
     for axis in range(dim_x):
         u = (x[..., axis].numpy() / config.box_half_width + 1) * (pi / 2)
-        for j in range(1, m + 1):
-            np.testing.assert_allclose(sine[:, axis, j - 1], np.sin(j * u), atol=1e-14)
-        for j in range(2 * m + 1):
+        for j in range(count):
             np.testing.assert_allclose(cosine[:, axis, j], np.cos(j * u), atol=1e-14)
-        assert torch.equal(linear[:, 1 + axis], x[..., axis] / 2)
-    assert (linear[:, 0] == 1).all() and linear.shape[1] == 1 + dim_x
+        assert torch.equal(linear[:, axis], x[..., axis] / 2)
+    assert cosine.shape[2] == count and linear.shape[1] == dim_x
+
+
+def test_the_first_function_is_the_constant_one(case):
+    _, config, x = case
+    assert (basis.functions(config, x)[..., least_squares.CONSTANT] == 1).all()
 
 
 @pytest.mark.parametrize('n', [0, 1, N])
@@ -59,9 +62,9 @@ def test_gram_is_the_sum_of_products_one_by_one(case, n):
 
 
 def test_numbers_of_products():
-    assert basis.num_products(LeastSquaresConfig(functions_per_axis=10), 2) == 441 + 300 + 6
-    assert basis.num_products(LeastSquaresConfig(functions_per_axis=12), 1) == 25 + 24 + 3
-    assert basis.num_products(LeastSquaresConfig(functions_per_axis=5), 3) == 1331 + 500 + 10
+    assert basis.num_products(LeastSquaresConfig(functions_per_axis=10), 2) == 361 + 200 + 3
+    assert basis.num_products(LeastSquaresConfig(functions_per_axis=12), 1) == 23 + 12 + 1
+    assert basis.num_products(LeastSquaresConfig(functions_per_axis=5), 3) == 729 + 375 + 6
 
 
 def test_quadratic_is_the_adjoint_of_gram(case):

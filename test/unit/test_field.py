@@ -411,7 +411,7 @@ def test_a_forgotten_map_is_about_as_certain_as_an_empty_one(load, half_lives):
     mean, stddev = field.predict(x)
     assert ((10 < stddev) & (stddev < 40)).all()
     # Relief is forgotten; what stays is the mean of what each tile once held.
-    assert np.abs(mean - 300).max() < 15 and (np.abs(mean - 300) < stddev).all()
+    assert np.abs(mean - 300).max() < 17 and (np.abs(mean - 300) < stddev).all()
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_without_peers_it_is_the_own_map_and_no_other():
 
 @pytest.mark.parametrize('paged', [False, True], ids=['in memory', 'own paged to a store'])
 def test_the_maps_of_three_robots_are_one_map_of_all_observations(paged, tmp_path):
-    options = {'path': tmp_path, 'max_tiles': 37} if paged else {}
+    options = {'path': tmp_path, 'max_tiles': 23} if paged else {}
     own, left, right = fleet_of(0, 1, **options), fleet_of(1, 2), fleet_of(3)
     before = content(own.own)
     assert send(left, own).reason is None
@@ -263,9 +263,9 @@ def test_strangers_do_not_fill_the_memory():
         assert send(fleet_of(), own).reason is None
     refused = send(fleet_of(), own)
     assert refused.reason == 'too_many_robots' and str(MAX_PEERS) in refused.text
-    small = fleet_of(max_tiles=37)
+    small = fleet_of(max_tiles=23)
     refused = send(fleet_of(0, 1, 2), small)
-    assert refused.reason == 'too_large' and 'max_tiles is 37: allow more' in refused.text
+    assert refused.reason == 'too_large' and 'max_tiles is 23: allow more' in refused.text
 
 
 # As a message ------------------------------------------------------------------------------------

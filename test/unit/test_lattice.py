@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cmanp_ros.core.errors import ConfigError
-from cmanp_ros.core.lattice import FARTHEST, LEAST_WINDOW, Lattice, OneTile, check_bounds, geometry
+from cmanp_ros.core.lattice import FARTHEST, Lattice, OneTile, check_bounds, geometry
 from cmanp_ros.core.neighbourhood import NEAR
 
 N, NUM_LEVELS, FACTOR = 19, 3, 3
@@ -16,6 +16,7 @@ SIZE = {1: 0.7, 2: 1.3, 3: 2.1}  # [m]: no binary fraction
 DIMS = pytest.mark.parametrize('dim', [1, 2, 3])
 EXACT = {'rtol': 0, 'atol': 1e-12}
 FAR = 1e6  # [m]
+REACH = 0.75  # [spacings] of a tile to both sides of its center
 
 
 def lattice(dim, **overrides):
@@ -49,7 +50,7 @@ def numpy_cover(dim, x):
     """
     Return window and tile coordinates by (point, tile), from the definition of a tile.
 
-    Tile k of spacing h spans [k h, (k + 2) h], which is [-2, 2] in its own coordinates.
+    Tile k of spacing h is centered on k h and spans 1.5 h: [-2, 2] in its own coordinates.
     """
     found = {}
     for (i, point), (level, h) in product(enumerate(x.numpy()), enumerate(spacings(dim))):
@@ -57,16 +58,16 @@ def numpy_cover(dim, x):
         for value in point:
             near = round(value / h)
             around = range(near - 5, near + 6)
-            ranges.append([k for k in around if k * h < value < (k + 2) * h])
+            ranges.append([k for k in around if (k - REACH) * h < value < (k + REACH) * h])
+        own = {}
         for tile in product(*ranges):
-            u = np.array([4 * (v - k * h) / (2 * h) - 2 for v, k in zip(point, tile, strict=True)])
-            found[i, (level, *tile)] = np.prod(np.cos(np.pi / 4 * u) ** 2), u
+            beyond = np.array([v / h - k for v, k in zip(point, tile, strict=True)])
+            u = beyond * 2 / REACH
+            own[tile] = np.prod(np.cos(np.pi / 4 * u) ** 2), u
+        total = sum(window for window, _ in own.values())
+        for tile, (window, u) in own.items():
+            found[i, (level, *tile)] = window / total, u
     return found
-
-
-def covers(dim, x):
-    """Return all tiles that cover locations, and those that answer."""
-    return lattice(dim).cover(x), lattice(dim).answering(x)
 
 
 # Cover -------------------------------------------------------------------------------------------
@@ -83,11 +84,13 @@ def test_windows_of_a_level_sum_to_one_everywhere(dim):
 
 
 @DIMS
-def test_each_location_lies_in_a_fixed_number_of_tiles_of_each_level(dim):
+def test_each_location_lies_in_one_or_two_tiles_of_each_level_along_an_axis(dim):
     x = everywhere(dim)
     pairs = windows_of(lattice(dim).cover(x))
     for i, level in product(range(len(x)), range(NUM_LEVELS)):
-        assert sum(pair[0] == i and pair[1][0] == level for pair in pairs) == 2**dim
+        number = sum(pair[0] == i and pair[1][0] == level for pair in pairs)
+        assert number in [2**axes for axes in range(dim + 1)]
+    assert len(pairs) < len(x) * NUM_LEVELS * 1.7**dim  # 1.5 on average
 
 
 @DIMS
@@ -103,30 +106,6 @@ def test_cover_is_what_the_definition_of_a_tile_says(dim, around):
 
 
 @DIMS
-def test_tiles_answer_unless_a_location_lies_near_their_border(dim):
-    x, mean_window = everywhere(dim), 1 / 2**dim
-    all_of_them, found = (windows_of(part) for part in covers(dim, x))
-    assert found.keys() == {
-        pair for pair, window in all_of_them.items() if window > LEAST_WINDOW * mean_window
-    }
-    assert 0.3 < len(found) / len(all_of_them) < 0.9
-
-
-@DIMS
-def test_windows_of_the_tiles_that_answer_sum_to_one_and_go_to_zero(dim):
-    x = everywhere(dim)
-    everything, cover = covers(dim, x)
-    for level in range(NUM_LEVELS):
-        own = torch.where(cover.key[:, 0] == level, cover.window, 0.0)
-        total = own.new_zeros(len(x)).index_add(0, cover.index, own)
-        torch.testing.assert_close(total, torch.ones_like(total), **EXACT)
-    before = windows_of(everything)
-    for pair, window in windows_of(cover).items():
-        lowered = before[pair] - LEAST_WINDOW / 2**dim
-        assert lowered - 1e-12 <= window <= lowered / (1 - LEAST_WINDOW) + 1e-12
-
-
-@DIMS
 def test_tile_coordinates_never_leave_the_tile(dim):
     corners = torch.tensor(list(product(range(-7, 8), repeat=dim)), dtype=torch.float64)
     x = torch.cat([everywhere(dim), *(corners * h for h in spacings(dim))])
@@ -136,15 +115,13 @@ def test_tile_coordinates_never_leave_the_tile(dim):
 
 
 @DIMS
-def test_on_a_corner_of_tiles_one_tile_has_all_the_weight(dim):
-    corners = torch.tensor(list(product(range(-4, 5), repeat=dim)), dtype=torch.float64)
+def test_at_the_center_of_a_tile_it_is_the_only_one_of_its_level(dim):
+    keys = torch.tensor(list(product(range(-4, 5), repeat=dim)))
     for level, h in enumerate(spacings(dim)):
-        cover = lattice(dim).cover(corners * h, level)
-        largest = cover.window.view(len(corners), 2**dim).max(1)
-        torch.testing.assert_close(largest.values, torch.ones(len(corners)).double(), **EXACT)
-        chosen = cover.key.view(len(corners), 2**dim, 1 + dim)
-        chosen = chosen[torch.arange(len(corners)), largest.indices]
-        assert torch.equal(chosen[:, 1:], corners.long() - 1)  # centered on the corner
+        cover = lattice(dim).cover(keys * h, level)
+        assert torch.equal(cover.key[:, 1:], keys)
+        assert torch.equal(cover.index, torch.arange(len(keys)))
+        torch.testing.assert_close(cover.window, torch.ones(len(keys)).double(), **EXACT)
 
 
 @DIMS
@@ -152,7 +129,7 @@ def test_windows_go_over_a_border_without_a_step(dim):
     step = 1e-9
     for level, h in enumerate(spacings(dim)):
         x = points(dim, n=5)
-        x[:, 0] = torch.tensor([-2, -1, 0, 1, 7]) * h
+        x[:, 0] = torch.tensor([-2 - REACH, -1 + REACH, REACH, 1 - REACH, 7 + REACH]) * h
         sides = []
         for offset in (-step, 0.0, step):
             moved = x.clone()
@@ -174,22 +151,20 @@ def test_a_level_alone_is_that_part_of_the_whole(dim):
 
 
 @DIMS
-@pytest.mark.parametrize('factor', [1, 2, 3, 5])
+@pytest.mark.parametrize('factor', [1, 3, 5])
 def test_every_tile_lies_within_one_tile_of_the_next_level(dim, factor):
     grid = lattice(dim, level_factor=factor)
     cover = grid.cover(points(dim), 0)
     for key in map(tuple, cover.key.unique(dim=0)[:40].tolist()):
-        corners = np.add.outer([1e-6, 2 - 1e-6], key[1:]) * grid.spacing(0)
+        corners = np.add.outer([1e-6 - REACH, REACH - 1e-6], key[1:]) * grid.spacing(0)
         lower, upper = (grid.cover(x, 1) for x in torch.from_numpy(corners).split(1))
         assert windows_of(lower).keys() & windows_of(upper).keys()
 
 
-def test_the_origin_is_a_corner_of_a_tile_of_every_level():
+def test_the_origin_is_the_center_of_a_tile_of_every_level():
     cover = lattice(2).cover(torch.zeros(1, 2))
-    for level in range(NUM_LEVELS):
-        assert [level, 0, 0] in cover.key.tolist()
-        own = cover.key.tolist().index([level, 0, 0])
-        assert cover.x[own].tolist() == [-2, -2]
+    assert cover.key.tolist() == [[level, 0, 0] for level in range(NUM_LEVELS)]
+    assert (cover.x == 0).all()
 
 
 @DIMS
@@ -211,14 +186,14 @@ def test_the_center_of_a_tile_is_the_origin_of_its_coordinates(dim):
     center = grid.center(keys)
     assert center.dtype == torch.float64 and center.shape == (len(keys), dim)
     h = torch.tensor(spacings(dim), dtype=torch.float64)[keys[:, :1]]
-    torch.testing.assert_close(center, (keys[:, 1:] + 1) * h, rtol=1e-14, atol=0)
+    torch.testing.assert_close(center, keys[:, 1:] * h, rtol=1e-14, atol=0)
     beside = center + 0.01 * h  # off the border of the tiles around
     for level in range(NUM_LEVELS):
         own = keys[:, 0] == level
         cover = grid.cover(beside[own], level)
         pairs = list(zip(cover.index.tolist(), cover.key.tolist(), strict=True))
         at = [pairs.index((i, key)) for i, key in enumerate(keys[own].tolist())]
-        expected = torch.full((len(at), dim), 0.02, dtype=torch.float64)
+        expected = torch.full((len(at), dim), 0.01 * 2 / REACH, dtype=torch.float64)
         torch.testing.assert_close(cover.x[at], expected, rtol=0, atol=1e-8)
 
 
@@ -242,8 +217,8 @@ def test_near_neighbours_are_those_that_overlap(dim):
     grid = lattice(dim)
     key = torch.tensor([[0, *[3] * dim]])
     near = {tuple(k) for k in grid.neighbours(key, NEAR)[0][0].tolist()}
-    reach = torch.tensor(list(product((-0.999, 0.999), repeat=dim)), dtype=torch.float64)
-    corners = grid.center(key) + reach * SIZE[dim]
+    steps = torch.tensor(list(product((-1, 0, 1), repeat=dim)), dtype=torch.float64)
+    corners = grid.center(key) + steps * 0.999 * REACH * SIZE[dim]
     assert near == {tuple(k) for k in grid.cover(corners, 0).key.tolist()}
 
 
@@ -268,7 +243,7 @@ def test_tiles_are_still_told_apart_at_the_farthest_location_contained(dim, sign
     x = torch.full((1, dim), sign * FARTHEST * SIZE[dim] * (1 - 1e-9), dtype=torch.float64)
     assert grid.contains(x).all() and not grid.contains(x * (1 + 1e-8)).any()
     cover = grid.cover(x + torch.tensor([[0.1], [0.2], [0.3]]) * SIZE[dim])
-    assert len(windows_of(cover)) == 3 * NUM_LEVELS * 2**dim
+    assert len({pair[0] for pair in windows_of(cover)}) == 3
     assert cover.x.abs().max() <= 2
 
 

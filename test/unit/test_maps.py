@@ -166,7 +166,7 @@ def test_merging_a_saved_map_is_one_map_of_both_and_only_once(directory):
 
 
 def test_a_map_too_large_for_memory_is_saved_from_the_store(directory, tmp_path):
-    field = observed(0, 1, 2, path=tmp_path, max_tiles=37)
+    field = observed(0, 1, 2, path=tmp_path, max_tiles=23)
     assert field.num_tiles > field.num_tiles_in_memory
     directory.save(field, 'a', PROVENANCE)
     assert_same_bits(content(directory.load('a', field_of())[0]), content(observed_like(field)))
@@ -498,7 +498,7 @@ def test_what_another_process_is_writing_is_not_removed(folder):
 
 def load_into_store_and_die(folder, store, moment):
     """Replace the map in a store by a saved one; be killed before or after it is committed."""
-    field, put = field_of(Path(store), max_tiles=37), TileStore._put
+    field, put = field_of(Path(store), max_tiles=23), TileStore._put
     if moment == 'before':
 
         def die(self, table, rows):
@@ -515,7 +515,7 @@ def load_into_store_and_die(folder, store, moment):
 @pytest.mark.parametrize('moment', ['before', 'after'])
 def test_a_kill_while_a_map_is_loaded_leaves_one_or_the_other(run, directory, tmp_path, moment):
     directory.save(generation(2), 'a', PROVENANCE)
-    field = observed(5, 6, path=tmp_path, max_tiles=37)
+    field = observed(5, 6, path=tmp_path, max_tiles=23)
     expected = content(field)
     field.close()
     folder = str(tmp_path / 'states')

@@ -90,14 +90,14 @@ def test_cells_are_the_same_however_many_are_predicted_at_once(corner, surface, 
 
 def test_bounds_are_those_of_the_finest_tiles_that_hold_data(corner):
     lower, upper = raster.extent(corner)
-    np.testing.assert_array_equal(lower, [-2, -2])
-    np.testing.assert_array_equal(upper, [16, 12])
-    inside = np.stack(np.meshgrid([-1.9, 0.1], [-1.9, 11.9]), -1).reshape(-1, 2)
+    np.testing.assert_array_equal(lower, [-1.5, -1.5])
+    np.testing.assert_array_equal(upper, [15.5, 11.5])
+    inside = np.stack(np.meshgrid([-1.4, 0.1], [-1.4, 11.4]), -1).reshape(-1, 2)
     assert corner.is_known(inside).all()
-    outside = [[-2.1, 1.0], [16.1, 1.0], [1.0, -2.1], [1.0, 12.1]]
+    outside = [[-1.6, 1.0], [15.6, 1.0], [1.0, -1.6], [1.0, 11.6]]
     assert not corner.is_known(outside).any()
     grid = raster.layout(corner)
-    assert grid.origin == (-2, -2) and (grid.upper >= upper).all()
+    assert grid.origin == (-1.5, -1.5) and (grid.upper >= upper).all()
 
 
 def test_one_tile_is_drawn_within_its_bounds():
@@ -125,7 +125,7 @@ def test_what_cannot_be_drawn_is_refused(corner):
     beside = (20, 20), (30, 30)
     with pytest.raises(InputError, match=r'within \(20, 20\) to \(30, 30\) m; expected bounds'):
         raster.layout(corner, beside)
-    with pytest.raises(InputError, match=r'overlap \(-2, -2\) to \(16, 12\) m'):
+    with pytest.raises(InputError, match=r'overlap \(-1.5, -1.5\) to \(15.5, 11.5\) m'):
         raster.layout(corner, beside)
     with pytest.raises(InputError, match='tiles lie between others; expected larger bounds'):
         raster.rasterize(corner, Grid((10.0, 8.0), 0.5, 3, 2))

@@ -60,7 +60,7 @@ def test_nbytes_is_the_size_of_the_tensors(model, batch):
     expected = 8 * sums * (1 + config.dim_model // config.num_heads) + 8
     if config.least_squares is not None:
         m = config.least_squares.functions_per_axis
-        products, functions = (2 * m + 1) ** 2 + 3 * m**2 + 6, m**2 + 3
+        products, functions = (2 * m - 1) ** 2 + 2 * m**2 + 3, m**2 + 2
         expected += 8 * (products + functions * 3 + 3 + 1 + 2 * 17**2)
     assert state.nbytes == batch * expected
     assert state.batch == batch
