@@ -22,9 +22,25 @@ from cmanp_ros.field import NeuralField
 KILLS = int(os.environ.get('CMANP_KILLS', 2))
 PERIOD_SEC = 0.3  # of saving; kills are at moments within three of them
 BOUNDS = (-25.0, -25.0), (25.0, 25.0)
-TILES_OF_A_POINT = 12  # four on each of three levels
+NUM_LEVELS, VOXELS = 3, 15  # along each axis of a tile, which spans one and a half spacings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 + 40 * KILLS)]
+
+
+def points_of_levels(keys, voxel_counts):
+    """
+    Return how many points each level holds; tiles that overlap have the same in every voxel.
+
+    :param voxel_counts: (tiles, VOXELS**2).
+    """
+    of_level, spacing = [{} for _ in range(NUM_LEVELS)], round(VOXELS / 1.5)  # in voxels
+    for (level, *tile), counts in zip(keys, voxel_counts, strict=True):
+        counts = counts.reshape(VOXELS, VOXELS)
+        for voxel in zip(*counts.nonzero(), strict=True):
+            place = tuple(spacing * k + int(i) for k, i in zip(tile, voxel, strict=True))
+            count = of_level[level].setdefault(place, counts[voxel])
+            assert count == counts[voxel], 'torn'
+    return [sum(counts.values()) for counts in of_level]
 
 
 class Content:
@@ -39,8 +55,9 @@ class Content:
             [keys[i] for i in order],
             {name: tensor[order].numpy().tobytes() for name, tensor in tensors.items()},
         )
-        counts = tensors.get('num_observations', np.zeros(0))
-        assert int(counts.sum()) == TILES_OF_A_POINT * self.num_observations, 'torn'
+        if keys:
+            points = points_of_levels(keys, tensors['least_squares.voxel_count'].numpy())
+            assert points == [self.num_observations] * NUM_LEVELS, 'torn'
 
     def __eq__(self, other):
         return vars(self) == vars(other)

@@ -133,7 +133,7 @@ def test_way_to_the_next_best_view_can_be_made_dear_while_the_node_runs(surveyed
 
 
 def test_places_on_obstacles_of_a_costmap_are_left_out(surveyed, client):
-    surveyed(costmap='global_costmap/costmap', num_views=3, view_distance_weight=1.0)
+    surveyed(costmap='global_costmap/costmap', num_views=3, view_distance_weight=10.0)
     received = client.collect(PoseArray, 'cmanp/next_best_view', NAV2)
 
     def xs():
@@ -241,7 +241,7 @@ def test_filters_of_nav2_do_with_the_real_mask_what_the_example_says(surveyed, c
     assert (cost[stddev < upper - rounding] < 253).all(), 'neither lethal nor inscribed'
     assert (cost[stddev <= lower] == 0).all()
     known = node.fleet.combined.is_known(centers_of(mask).reshape(-1, 2))
-    assert (cost[~known] > np.median(cost[known])).all()
+    assert np.median(cost[~known]) > np.median(cost[known])
 
 
 # Foxglove ----------------------------------------------------------------------------------------

@@ -63,7 +63,9 @@ def test_repeated_readings_shrink_the_stddev_towards_the_noise(new_map):
             field.observe(np.repeat(SPOT, count - before, 0), readings[before:count])
             found[seed, number] = field.predict(SPOT)[1][0, 0]
     expected = found.mean(0)
-    assert (np.diff(expected) < 0).all(), expected
+    assert expected[1] < expected[0], 'a reading tells something'
+    # One reading does not tell how large the noise is: ten may show that it was taken for smaller.
+    assert (np.diff(expected[[0, 2, 3, 4]]) < 0).all(), expected
     assert (found[:, -1] > 0.7 * NOISE).all()
     assert 0.8 * NOISE < expected[-1] < 1.3 * NOISE
 
