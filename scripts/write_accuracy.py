@@ -165,7 +165,8 @@ times may be too long by a factor, though not by another one for each.
 - ConvCNP: neuralprocesses, trained for {convcnp_steps} steps of four synthetic fields,
   {convcnp_minutes} minutes of one core. Such networks get hours: this one is undertrained, and
   labeled so.
-- cmanp tiles: tiles of 0.48; nothing is fitted to a task.
+- cmanp tiles: tiles of 0.48; nothing is fitted to a task. Scored anew on a faster machine than the
+  others, so its times are not to be compared with theirs (ratios in one run: performance.md).
 
 ![Log-likelihood relative to the exact GP against processor time, one panel for each data set and
 number of observations](images/real.png)
