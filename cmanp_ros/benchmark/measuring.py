@@ -120,6 +120,10 @@ def family(process: int) -> list[int]:
 
 
 def status_bytes(entry: str, process: int | str = 'self') -> int:
-    """Return an entry of what Linux knows of a process, such as 'VmRSS' [bytes]."""
+    """
+    Return an entry of what Linux knows of a process, such as 'VmRSS' [bytes].
+
+    One that has ended, and that nobody has waited for yet, has no memory: 0.
+    """
     lines = Path(f'/proc/{process}/status').read_text(encoding='ascii').splitlines()
-    return next(int(v.split()[1]) * 1024 for v in lines if v.startswith(f'{entry}:'))
+    return next((int(v.split()[1]) * 1024 for v in lines if v.startswith(f'{entry}:')), 0)

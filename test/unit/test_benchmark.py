@@ -83,6 +83,14 @@ def test_processes_that_any_thread_started_belong_to_a_process():
             child.wait()
 
 
+def test_a_process_that_has_ended_has_no_memory():
+    child = subprocess.Popen([sys.executable, '-c', ''])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays in the table
+    assert child.pid in measuring.family(os.getpid())
+    assert measuring.status_bytes('VmHWM', child.pid) == 0
+    child.wait()
+
+
 def test_what_is_called_apart_changes_nothing_here():
     seen = []
     result, _ = measuring.apart(lambda: (seen.append(1), len(seen))[1])
