@@ -11,6 +11,7 @@ import numpy as np
 
 from cmanp_ros.evaluation.gp1d import NUM_LENGTHS, NUM_SCALES
 from cmanp_ros.evaluation.scores import markdown_table
+from cmanp_ros.evaluation.windows import TILE_SIZE
 from cmanp_ros.optional import library
 
 ROOT = Path(__file__).parent.parent
@@ -165,8 +166,9 @@ times may be too long by a factor, though not by another one for each.
 - ConvCNP: neuralprocesses, trained for {convcnp_steps} steps of four synthetic fields,
   {convcnp_minutes} minutes of one core. Such networks get hours: this one is undertrained, and
   labeled so.
-- cmanp tiles: tiles of 0.48; nothing is fitted to a task. Scored anew on a faster machine than the
-  others, so its times are not to be compared with theirs (ratios in one run: performance.md).
+- cmanp tiles: tiles of {tile_size:g}; nothing is fitted to a task. Scored anew on a faster machine
+  than the others, so its times are not to be compared with theirs (performance.md has ratios of
+  one run).
 
 ![Log-likelihood relative to the exact GP against processor time, one panel for each data set and
 number of observations](images/real.png)
@@ -238,6 +240,7 @@ def _gp1d() -> dict:
         'gp1d': markdown_table([{titles[k]: row[k] for k in titles} for row in found]),
         'gp1d_commands': '\n'.join(f'    {command}' for command in commands),
         'num_lengths': NUM_LENGTHS,
+        'tile_size': TILE_SIZE,
         'num_scales': NUM_SCALES,
     }
 

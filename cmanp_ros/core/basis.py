@@ -23,6 +23,8 @@ from torch import Tensor
 from cmanp_ros.core.config import LeastSquaresConfig
 from cmanp_ros.core.lattice import HALF_WIDTH
 
+CONSTANT = 0  # which function is the constant 1
+
 
 class Factors(NamedTuple):
     """What the functions at some points are made of, float64."""
@@ -37,7 +39,7 @@ def frequencies(config: LeastSquaresConfig, dim_x: int) -> Tensor:
     """
     Return the angular frequencies of the eigenfunctions, (num_eigenfunctions, dim_x).
 
-    That of the first is 0: it is the constant 1.
+    That of the constant is 0.
     """
     indices = list(product(range(config.functions_per_axis), repeat=dim_x))
     return torch.tensor(indices, dtype=torch.float64) * (pi / (2 * config.box_half_width))

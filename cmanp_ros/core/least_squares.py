@@ -85,7 +85,7 @@ def prior_variances(config: LeastSquaresConfig, dim_x: int) -> Tensor:
         for nu, length in product(config.smoothnesses, config.lengths)
     ]
     variances = torch.stack(rows)
-    variances[:, CONSTANT] += config.offset_variance
+    variances[:, basis.CONSTANT] += config.offset_variance
     return variances
 
 
@@ -151,7 +151,6 @@ def merge(a: LeastSquaresSums, b: LeastSquaresSums) -> LeastSquaresSums:
     return LeastSquaresSums(*added, voxel_freshness=freshest)
 
 
-CONSTANT = 0  # which function is the constant 1
 ROUNDING = 1e-9  # relative, of sums of many millions of points
 NEARLY_ZERO = 1e-12  # a function's mean square where all points lie on its zeros, after rounding
 
@@ -170,7 +169,7 @@ def is_possible(
     """
     more, count, gram = 1 + ROUNDING, a.count, _gram(config, a)
     seen, in_voxels = num_observations.to(count), a.voxel_count.sum(1)
-    constant = gram[:, CONSTANT, CONSTANT]
+    constant = gram[:, basis.CONSTANT, basis.CONSTANT]
     is_present = (a.voxel_freshness > 0) == (a.voxel_count > 0)
     holds = [
         (count >= 0) & (count <= more * seen),
@@ -416,7 +415,7 @@ def posterior(
     spread = spread.permute(0, 3, 1, 2)  # the settings disagree: that is uncertainty too
     covariance += spread.mT @ spread
 
-    mean[:, CONSTANT] += center
+    mean[:, basis.CONSTANT] += center
 
     grid = _grid(config).to(gram.device)  # (settings, 3)
     moments = torch.einsum('bso,sp->bop', weight, torch.cat([grid, grid.square()], -1))
@@ -492,11 +491,11 @@ def _honest_sums(config, a):
     """
     honesty = _honesty(config, a)  # (batch,)
     gram = _gram(config, a)
-    center = a.moment[:, CONSTANT] / a.count.clamp(min=1e-300).unsqueeze(-1)
+    center = a.moment[:, basis.CONSTANT] / a.count.clamp(min=1e-300).unsqueeze(-1)
     if not config.offset_variance:  # the mean is known to be 0
         center = torch.zeros_like(center)
-    moment = a.moment - gram[:, :, CONSTANT].unsqueeze(-1) * center.unsqueeze(1)
-    sum_squares = (a.sum_squares - center * a.moment[:, CONSTANT]).clamp(min=0)
+    moment = a.moment - gram[:, :, basis.CONSTANT].unsqueeze(-1) * center.unsqueeze(1)
+    sum_squares = (a.sum_squares - center * a.moment[:, basis.CONSTANT]).clamp(min=0)
     return (
         gram * honesty[:, None, None],
         moment * honesty[:, None, None],

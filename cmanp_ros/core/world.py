@@ -605,7 +605,7 @@ def groups(tile: Tensor, limit: int):
     order = tile.argsort(stable=True)
     tiles, count = tile[order].unique_consecutive(return_counts=True)
     start = count.cumsum(0) - count
-    bucket = (4 * count.double().log2()).ceil().long()
+    bucket = (4 * count.double().log2()).ceil().long()  # within a fifth of each other
     if len(tile) and len(tiles) <= limit and len(tiles) * int(count.max()) <= FEW:
         bucket = torch.zeros_like(bucket)  # padding costs less than more calls
     for small, large in pairwise(bucket.unique().tolist()):

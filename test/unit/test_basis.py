@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmanp_ros.core import basis, least_squares
+from cmanp_ros.core import basis
 from cmanp_ros.core.config import LeastSquaresConfig
 
 BATCH, N, DIM_Y = 3, 29, 2
@@ -43,9 +43,9 @@ def test_factors_are_cosines_and_coordinates(case, learns):
     assert cosine.shape[2] == count and linear.shape[1] == dim_x
 
 
-def test_the_first_function_is_the_constant_one(case):
+def test_one_function_is_the_constant_one(case):
     _, config, x = case
-    assert (basis.functions(config, x)[..., least_squares.CONSTANT] == 1).all()
+    assert (basis.functions(config, x)[..., basis.CONSTANT] == 1).all()
 
 
 @pytest.mark.parametrize('n', [0, 1, N])

@@ -52,8 +52,26 @@ def test_more_data_never_make_the_expected_stddev_grow(new_map):
     assert (np.diff(expected) < 0).all(), expected
 
 
-def test_repeated_readings_shrink_the_stddev_towards_the_noise(new_map):
-    counts = (0, 1, 10, 100, 1000)
+ONE_READING = (
+    'one reading does not tell how large the noise is: among few others it is taken for smaller, '
+    'and ten readings show it (stddev 0.22, then 0.27; noise 0.2)'
+)
+
+
+@pytest.mark.parametrize(
+    ('new_map', 'counts'),
+    [
+        pytest.param(
+            'tiles',
+            (0, 1, 10, 100, 1000),
+            marks=pytest.mark.xfail(reason=ONE_READING, strict=True),
+        ),
+        ('tiles', (0, 10, 100, 1000)),
+        ('one tile', (0, 1, 10, 100, 1000)),
+    ],
+    indirect=['new_map'],
+)
+def test_repeated_readings_shrink_the_stddev_towards_the_noise(new_map, counts):
     found = np.zeros((16, len(counts)))
     for seed in range(len(found)):
         x, y, readings, *_ = drawn(seed, 61, 7, at_spot=counts[-1])
@@ -63,9 +81,7 @@ def test_repeated_readings_shrink_the_stddev_towards_the_noise(new_map):
             field.observe(np.repeat(SPOT, count - before, 0), readings[before:count])
             found[seed, number] = field.predict(SPOT)[1][0, 0]
     expected = found.mean(0)
-    assert expected[1] < expected[0], 'a reading tells something'
-    # One reading does not tell how large the noise is: ten may show that it was taken for smaller.
-    assert (np.diff(expected[[0, 2, 3, 4]]) < 0).all(), expected
+    assert (np.diff(expected) < 0).all(), expected
     assert (found[:, -1] > 0.7 * NOISE).all()
     assert 0.8 * NOISE < expected[-1] < 1.3 * NOISE
 
