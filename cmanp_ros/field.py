@@ -488,15 +488,29 @@ class NeuralField:
             stddev[inside] = _numpy(found[1]) * self.normalization.value_scale
         return mean, stddev
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is solved in a hurry: see `refreshing`, `settling`."""
+        return not self.world.unsettled
+
     def refreshing(self, x) -> Iterator[None]:
         """
         Solve what observations changed and somebody asked for before, a little with each step.
+
+        It is solved in a hurry, with hyperparameters that tiles had a few observations ago.
 
         :param x: (n, dim_x) [m] where something was observed.
         """
         for tiles in self._tiles_over(x, REFRESHED_AT_ONCE):
             with torch.inference_mode():
-                self.world.refresh(self.world.asked(tiles))
+                self.world.refresh(self.world.asked(tiles), in_a_hurry=True)
+            yield
+
+    def settling(self) -> Iterator[None]:
+        """Solve exactly what was solved in a hurry, a little with each step."""
+        while tiles := self.world.unsettled[:REFRESHED_AT_ONCE]:
+            with torch.inference_mode():
+                self.world.refresh(tiles)
             yield
 
     def refreshing_elsewhere(self, x) -> Generator[Request, Solution, None]:
@@ -506,15 +520,28 @@ class NeuralField:
         Tiles beside those that somebody asked for are solved, too. Observations may be folded, and
         predictions made, meanwhile.
         """
-        room = self.world.tiles.max_tiles // 8  # neighbours are needed, too
-        for some in self._tiles_over(x, max(1, min(REFRESHED_ELSEWHERE, room))):
+        for some in self._tiles_over(x, self._limit_elsewhere):
             with torch.inference_mode():
                 if not (tiles := self.world.expect(some)):
                     continue
+                job = self.world.begin_refresh(tiles, in_a_hurry=True)
+            solution = yield job.request
+            with torch.inference_mode():
+                self.world.end_refresh(job, solution)
+
+    def settling_elsewhere(self) -> Generator[Request, Solution, None]:
+        """Do as `settling`, and leave the work to another `Solver`."""
+        while tiles := self.world.unsettled[: self._limit_elsewhere]:
+            with torch.inference_mode():
                 job = self.world.begin_refresh(tiles)
             solution = yield job.request
             with torch.inference_mode():
                 self.world.end_refresh(job, solution)
+
+    @property
+    def _limit_elsewhere(self):
+        room = self.world.tiles.max_tiles // 8  # neighbours are needed, too
+        return max(1, min(REFRESHED_ELSEWHERE, room))
 
     def _tiles_over(self, x, limit):
         x = _as_matrix(x, self.model.config.dim_x, 'x')

@@ -268,6 +268,7 @@ class Intake:
                     x, y = np.concatenate(x), np.concatenate(y)
                     yield from self._fold(usable, x, y)
                     yield from refresher.refresh(x)
+            yield from refresher.settle()
         finally:
             refresher.end_fold()
 

@@ -3,6 +3,9 @@ Brings answers up to date with what was folded; until they are, says what they h
 
     fold -> Refresher -> a little at a time, between questions       -> answers, displays
                       -> or in a second process, while the node folds
+
+What changed is solved in a hurry first, with hyperparameters that tiles had a little earlier, and
+exactly once no observations wait: see `NeuralField.refreshing`.
 """
 
 import os
@@ -38,8 +41,8 @@ class Refresher:
 
     @property
     def is_behind(self) -> bool:
-        """Whether there are observations in the map that answers do not have all of."""
-        return self._shown is not None
+        """Whether answers are not yet what all observations in the map give, to rounding."""
+        return self._shown is not None or not self._node.fleet.combined.is_settled
 
     @property
     def shown(self) -> tuple[int, int]:
@@ -80,12 +83,25 @@ class Refresher:
         try:
             if self._helper is None or not self._helper.is_ready:
                 yield from self._node.fleet.combined.refreshing(x)
+                self._shown = self._folded
                 return
             self._changed.append(x)
             self._changed_until = self._folded, self._num_resets
             if not self._is_helped:
                 self._start()
         except Exception as error:  # it costs nobody's points
+            self._fail(error)
+
+    def settle(self):
+        """Solve exactly what was solved in a hurry, until observations wait: an iterator."""
+        try:
+            steps = self._node.fleet.combined.settling()
+            while not (self._is_helped or self._node.worker.num_waiting):
+                next(steps)
+                yield
+        except StopIteration:
+            return
+        except Exception as error:
             self._fail(error)
 
     # With a second process -----------------------------------------------------------------------
@@ -119,43 +135,46 @@ class Refresher:
         self._may_have_helper = False
 
     def _start(self):
-        x, self._changed = np.concatenate(self._changed), []
-        self._is_helped = True
-        self._go_on(self._node.fleet.combined.refreshing_elsewhere(x), self._changed_until, None)
+        """Have solved what changed; or else exactly what was solved in a hurry."""
+        field = self._node.fleet.combined
+        self._is_helped = bool(self._changed) or not field.is_settled
+        if self._changed:
+            x, self._changed = np.concatenate(self._changed), []
+            self._go_on(field.refreshing_elsewhere(x), self._changed_until, None)
+        elif self._is_helped:
+            self._go_on(field.settling_elsewhere(), None, None)
+        elif not self._is_folding:
+            self._shown = None
 
     def _go_on(self, steps, reached, done):
+        """
+        Go on with one step.
+
+        :param reached: what answers have after the last one, and the number of resets by now;
+            None: nothing new, so that what changed meanwhile comes first.
+        """
         try:
-            future = self._helper.solve(steps.send(done and done.result()))
+            request = steps.send(done and done.result())
+            if reached is None and self._changed:
+                return self._start()
+            future = self._helper.solve(request)
         except StopIteration:
-            self._end(reached)
+            if reached is not None and reached[1] == self._num_resets and self._shown is not None:
+                self._shown = reached[0]
+        except HelperError as error:
+            self._lose(error)
+            self._helper.close()
+            self._helper, self._changed = None, []
+            self._node.fleet.combined.forget_solved()
         except Exception as error:
-            if isinstance(error, HelperError):
-                self._lose(error)
-                self._helper.close()
-                self._helper, self._changed = None, []
-                self._node.fleet.combined.forget_solved()
-            else:
-                self._fail(error)
-            self._end(None)
+            self._fail(error)
         else:
             worker = self._node.worker
             future.add_done_callback(
                 lambda done: worker.ask(lambda: self._go_on(steps, reached, done))
             )
-
-    def _end(self, reached):
-        """
-        Go on after all steps.
-
-        :param reached: what answers have now, and the number of resets then; None: nothing new.
-        """
-        self._is_helped = False
-        if reached is not None and reached[1] == self._num_resets and self.is_behind:
-            self._shown = reached[0]
-        if self._changed:
-            self._start()
-        elif not self._is_folding:
-            self._shown = None
+            return
+        self._start()
 
     def _fail(self, error):
         """Say that something was not solved; who asks has it solved."""

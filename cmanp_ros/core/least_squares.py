@@ -361,41 +361,52 @@ def amplitude(config: LeastSquaresConfig, e: Evidence, scale: Tensor, weight: Te
 
 def _amplitudes(config, e, scale):
     """
-    Return the squared amplitude of every setting, or its posterior mean: (batch, settings, dim_y).
+    Return `_amplitude` of every setting, (batch, settings, dim_y).
+    """
+    noise2 = _noise2(config, e.residual)
+    noise2 = noise2.repeat(e.residual.shape[1] // len(noise2))
+    return _amplitude(config, noise2, e.residual, e.count.unsqueeze(1), scale.unsqueeze(1))
+
+
+def _amplitude(config, noise2, residual, count, scale):
+    """
+    Return the posterior mean of the squared amplitude, or what follows from a known noise.
+
+    :param noise2: (...) of a setting, as `count`.
+    :param residual: (..., dim_y) as in `Evidence`; `scale` (..., dim_y) of the prior.
     """
     if config.noise_stddev is not None:
-        ratios = _grid(config)[:, 1].exp().to(e.residual.device)
-        known = (config.noise_stddev / ratios).square()
-        return known.unsqueeze(-1).expand_as(e.residual)
-    shape = (config.amplitude_shape + e.count / 2)[:, None, None]
-    return (scale.unsqueeze(1) + e.residual) / (shape - 1)
+        return (config.noise_stddev**2 / noise2).unsqueeze(-1).expand_as(residual)
+    shape = (config.amplitude_shape + count / 2).unsqueeze(-1)
+    return (scale + residual) / (shape - 1)
 
 
 def posterior(
     config: LeastSquaresConfig,
     variances: Tensor,
     a: LeastSquaresSums,
-    e: Evidence,
     scale: Tensor,
     weight: Tensor,
 ) -> Regression:
     """
     Average the regression over settings, in two exact moments of the weights.
 
+    :param scale: (batch, dim_y) of the amplitude's inverse-gamma prior.
     :param weight: (batch, settings, dim_y) of the settings: softmax of log evidence, of the tile
         alone or with others.
     :return: posterior of the weights; `summary` holds the posterior means of log length, log
-        noise ratio, 1 / smoothness, the spread of the first two, log amplitude over its prior,
-        log(1 + effective count), and log(effective count / count).
+        noise ratio, 1 / smoothness, the spread of the first two, log amplitude over its prior (of
+        the settings that are averaged), log(1 + effective count), and log(effective count /
+        count).
     """
-    gram, moment, _, count, center = _honest_sums(config, a)
+    gram, moment, sum_squares, count, center = _honest_sums(config, a)
     noise2_of = _noise2(config, gram)
     scale_of = variances.to(gram.device).sqrt().repeat_interleave(len(noise2_of), 0)
     noise2_of = noise2_of.repeat(len(variances))
-    amplitude2 = _amplitudes(config, e, scale)
 
     share = averaged(config, weight)
     w, noise = moment.new_zeros(*weight.shape[:2], *moment.shape[1:]), torch.zeros_like(scale)
+    amplitude2 = torch.zeros_like(scale)
     covariance = gram.new_zeros(len(gram), weight.shape[-1], *gram.shape[1:])
     for tiles, *factors in _systems(a, gram, moment):
         for some in (share[tiles] > 0).any(-1).nonzero().split(MATRICES_AT_ONCE):
@@ -406,7 +417,11 @@ def posterior(
             else:
                 own = _invert(gram[tile], moment[tile], prior, noise2)
             own_covariance, w[tile, setting] = own
-            scaled = share[tile, setting] * amplitude2[tile, setting]
+            left = sum_squares[tile] - (own[1] * moment[tile]).sum(1)
+            residual = left.clamp(min=0) / (2 * noise2.unsqueeze(-1))
+            scaled = _amplitude(config, noise2, residual, count[tile], scale[tile])
+            scaled = scaled * share[tile, setting]
+            amplitude2.index_add_(0, tile, scaled)
             noise.index_add_(0, tile, scaled * noise2.unsqueeze(-1))
             for output, size in enumerate(scaled.unbind(-1)):
                 covariance[:, output].index_add_(0, tile, own_covariance * size[:, None, None])
@@ -421,7 +436,7 @@ def posterior(
     moments = torch.einsum('bso,sp->bop', weight, torch.cat([grid, grid.square()], -1))
     center, square = moments.chunk(2, -1)
     counts = torch.stack([torch.log1p(count), _honesty(config, a).log()], -1)
-    relative = (weight * amplitude2).sum(1) * (config.amplitude_shape - 1) / scale
+    relative = amplitude2 * (config.amplitude_shape - 1) / scale
     summary = torch.cat(
         [
             center,
@@ -479,7 +494,7 @@ def solve(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums) ->
     found = evidence(config, variances, a)
     scale = default_scale(config, len(a.count), a.moment.shape[-1], a.moment.device)
     weight = log_evidence(config, found, scale).softmax(1)
-    return posterior(config, variances, a, found, scale, weight)
+    return posterior(config, variances, a, scale, weight)
 
 
 def _honest_sums(config, a):

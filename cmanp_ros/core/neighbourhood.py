@@ -69,13 +69,13 @@ class Neighbourhood:
 
     def hyperparameters(
         self, levels: list[Level], evidence: Evidence
-    ) -> tuple[list[Key], Evidence, Tensor, Tensor]:
+    ) -> tuple[list[Key], Tensor, Tensor]:
         """
         Return the tiles to be solved of all levels, with what `least_squares.posterior` takes.
 
         :param evidence: of the members of all levels, one after the other.
-        :return: tiles, their own evidence, amplitude scales (tiles, dim_y), and weights (tiles,
-            settings, dim_y): by evidence, in steps.
+        :return: tiles, amplitude scales (tiles, dim_y), and weights (tiles, settings, dim_y): by
+            evidence, in steps.
         """
         sizes, amplitude, found = [len(level.members) for level in levels], {}, []
         parts = zip(*(part.split(sizes) for part in evidence), strict=True)
@@ -89,10 +89,9 @@ class Neighbourhood:
             own, scale = Evidence(*(part[center] for part in own)), scale[center]
             means = least_squares.amplitude(self._options, own, scale, weight)
             amplitude |= zip(solved, means, strict=True)
-            found.append((solved, *own, scale, weight))
+            found.append((solved, scale, weight))
         keys, *parts = zip(*found, strict=True)
-        *own, scale, weight = map(torch.cat, parts)
-        return sum(keys, []), Evidence(*own), scale, weight
+        return sum(keys, []), *map(torch.cat, parts)
 
     def _weights(self, solved, place, own):
         """

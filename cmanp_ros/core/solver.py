@@ -81,7 +81,7 @@ class Solver:
         if not request.levels:
             return Solution(latents)
         found, evidence = self._evidence(request)
-        keys, own, scale, weight = self.neighbourhood.hyperparameters(request.levels, evidence)
+        keys, scale, weight = self.neighbourhood.hyperparameters(request.levels, evidence)
         place = {key: i for i, key in enumerate(keys)}
         wanted = torch.tensor([place[key] for key in request.wanted])
         scale, weight = scale[wanted], weight[wanted]
@@ -89,23 +89,17 @@ class Solver:
         inputs = torch.cat([request.version.unsqueeze(1).double(), inputs], 1)
         stale = (inputs != request.before).any(1).nonzero()[:, 0]
         solved = self._marginals(
-            LeastSquaresSums(*(part[stale] for part in request.sums)),
-            Evidence(*(part[wanted[stale]] for part in own)),
-            *(scale[stale], weight[stale]),
+            LeastSquaresSums(*(part[stale] for part in request.sums)), scale[stale], weight[stale]
         )
         return Solution(latents, found, inputs, stale, solved)
 
-    def posterior(
-        self, sums: LeastSquaresSums, evidence: Evidence, scale: Tensor, weight: Tensor
-    ) -> Regression:
+    def posterior(self, sums: LeastSquaresSums, scale: Tensor, weight: Tensor) -> Regression:
         """
         Solve regressions whose hyperparameters are known.
 
         :param scale: (tiles, dim_y) of the amplitude's prior; `weight` (tiles, settings, dim_y).
         """
-        return least_squares.posterior(
-            self._options, self._variances, sums, evidence, scale, weight
-        )
+        return least_squares.posterior(self._options, self._variances, sums, scale, weight)
 
     def _evidence(self, request):
         """Return the evidence of the unknown, and of all members of all levels."""
@@ -123,13 +117,13 @@ class Solver:
             whole[request.unknown], whole[~request.unknown] = unknown, known
         return found, Evidence(*merged)
 
-    def _marginals(self, sums, evidence, scale, weight):
+    def _marginals(self, sums, scale, weight):
         """Return regressions without their covariances, and their hyperparameters."""
 
-        def solve(sums, evidence, hyperparameters):
-            return (*self.posterior(sums, evidence, *hyperparameters)[:-1], *hyperparameters)
+        def solve(sums, hyperparameters):
+            return (*self.posterior(sums, *hyperparameters)[:-1], *hyperparameters)
 
-        return _in_parts(solve, SOLVED_AT_ONCE, sums, evidence, (scale, weight))
+        return _in_parts(solve, SOLVED_AT_ONCE, sums, (scale, weight))
 
     def _latents(self, sums):
         return _in_parts(self._model.latents, ENCODED_AT_ONCE, sums)

@@ -266,6 +266,10 @@ class Tiles:
         """Return a copy of the least-squares sums in these rows."""
         return self._part(LeastSquaresSums, 'least_squares', rows)
 
+    def count(self, rows: Tensor) -> Tensor:
+        """Return the points in these rows, (n,), less what was forgotten."""
+        return self._tensors['least_squares.count'][rows]
+
     def _part(self, cls, prefix, rows):
         return cls(*(self._tensors[f'{prefix}.{name}'][rows] for name in cls._fields))
 

@@ -4,6 +4,8 @@ A world of tiles: fold points into every tile that covers them, predict from the
 Levels of tiles fold the same points. What predictions need of the tiles is solved by `Solver`.
 Every prediction is a function of the states alone: order, batches and paging do not matter. Who
 cannot wait for tiles to be solved is answered from those that were solved last (`renew=False`).
+Tiles may be solved in a hurry for them, with the hyperparameters of a little earlier, and exactly
+once there is time.
 """
 
 import math
@@ -29,6 +31,7 @@ FEW = 1 << 12  # pairs, padded ones included, that go together whatever their ti
 SPARE = 1 << 10  # pairs of padding that cost less than more calls
 TARGETS_AT_ONCE = 4096
 ORDERED_AT_ONCE = 1 << 16  # targets of which those of a tile are brought together
+GROWTH = 1.1  # of a tile's points, after which its hyperparameters are found again even in a hurry
 REMEMBERED = 20  # refreshes: so often a tile that changes is solved before somebody asks again
 
 
@@ -55,6 +58,7 @@ class Job(NamedTuple):
 
     keys: list[Key]
     request: Request
+    in_a_hurry: bool
     epoch: int
     num_changes: int
     """Of the map then."""
@@ -66,8 +70,11 @@ class Job(NamedTuple):
     """Of the tiles that are encoded."""
     unknown_rows: Tensor
     """Of the tiles whose evidence is found."""
+    unknown_keys: list[Key]
     stale_version: Tensor
     unknown_version: Tensor
+    unknown_count: Tensor | None
+    """Points of these tiles; None without any."""
 
 
 class World:
@@ -106,6 +113,8 @@ class World:
         self._regression = _Cache()
         self._latents = _Cache()
         self._ready = {}  # row -> the tile that was solved and encoded there last
+        self._known = {}  # row -> the tile whose evidence was found there last
+        self._unsettled = {}  # tiles that were solved in a hurry, in order
         self.forget_solved()
         self._asked = {}  # row -> how often the tile is still solved before somebody asks again
         self._solved, self._solved_at = set(), -1  # tiles, and `num_changes` then
@@ -113,6 +122,8 @@ class World:
     def forget_solved(self):
         """Have nobody answered from what was solved, or is being solved, until now."""
         self._ready.clear()
+        self._known.clear()
+        self._unsettled.clear()
         self._epoch += 1
 
     @property
@@ -305,12 +316,24 @@ class World:
         """Return the tiles that cover locations (n, dim_x), so many together."""
         return self._batches(_unique(self.geometry.cover(x).key)[0], limit)
 
-    def refresh(self, keys: list[Key]):
-        """Solve and encode tiles that changed, which the next prediction would do otherwise."""
-        job = self.begin_refresh(keys)
+    @property
+    def unsettled(self) -> list[Key]:
+        """Tiles in memory that were solved in a hurry, and not exactly since."""
+        if self._unsettled:
+            in_memory = set(self.tiles.keys_in_memory)
+            self._unsettled = {key: None for key in self._unsettled if key in in_memory}
+        return list(self._unsettled)
+
+    def refresh(self, keys: list[Key], in_a_hurry: bool = False):
+        """
+        Solve and encode tiles that changed, which the next prediction would do otherwise.
+
+        :param in_a_hurry: take the evidence of tiles as it was a few points ago, see `GROWTH`.
+        """
+        job = self.begin_refresh(keys, in_a_hurry)
         self.end_refresh(job, self._solver.solve(job.request))
 
-    def begin_refresh(self, keys: list[Key]) -> Job:
+    def begin_refresh(self, keys: list[Key], in_a_hurry: bool = False) -> Job:
         """
         Return what is to be done to `refresh`, by any `Solver` of this model and lattice.
 
@@ -323,26 +346,53 @@ class World:
                 self._solved.clear()
             wanted = [key for key in keys if key not in self._solved]
             levels = self._solver.neighbourhood.levels(wanted, self.tiles)
-        near = [key for level in levels for key in level.members]
-        rows = self.tiles.rows([*keys, *near])  # into memory, all of them together
+        names = [key for level in levels for key in level.members]
+        rows = self.tiles.rows([*keys, *names])  # into memory, all of them together
         rows, near, own = rows[: len(keys)], rows[len(keys) :], self.tiles.rows(wanted)
         stale = rows[self._latents.is_stale(rows, self.tiles.version(rows))].unique()
         unknown = self._evidence.is_stale(near, self.tiles.version(near))
+        if in_a_hurry:
+            unknown &= self._has_grown(near, names)
         request = Request(self.tiles.attention(stale), levels)
         if levels:
             known = near[~unknown]
             request = request._replace(
                 unknown=unknown,
                 unknown_sums=self.tiles.least_squares(near[unknown]),
-                evidence=Evidence(*self._evidence.get(known)) if len(known) else None,
+                evidence=Evidence(*self._evidence.get(known)[:-1]) if len(known) else None,
                 wanted=tuple(wanted),
                 sums=self.tiles.least_squares(own),
                 version=self.tiles.version(own),
                 before=self._regression.version(own),
             )
-        moment, near = (self._epoch, self.tiles.num_changes), near[unknown]
-        versions = (self.tiles.version(some) for some in (stale, near))
-        return Job(keys, request, *moment, rows, own, stale, near, *versions)
+        near, names = near[unknown], [names[i] for i in unknown.nonzero()[:, 0].tolist()]
+        return Job(
+            keys,
+            request,
+            in_a_hurry,
+            self._epoch,
+            self.tiles.num_changes,
+            rows,
+            own,
+            stale,
+            near,
+            names,
+            self.tiles.version(stale),
+            self.tiles.version(near),
+            self.tiles.count(near) if len(near) else None,
+        )
+
+    def _has_grown(self, rows, keys):
+        """Return which tiles have far more points than when their evidence was found, or fewer."""
+        has_grown = torch.tensor(
+            [self._known.get(row) != key for row, key in zip(rows.tolist(), keys, strict=True)],
+            dtype=torch.bool,
+        )
+        known = rows[~has_grown]
+        if len(known):
+            growth = self.tiles.count(known) / self._evidence.get(known)[-1]
+            has_grown[~has_grown] = (growth > GROWTH) | (growth < 1 / GROWTH)
+        return has_grown
 
     def end_refresh(self, job: Job, solution: Solution):
         """
@@ -355,21 +405,28 @@ class World:
         if len(job.stale_rows):
             self._latents.put(job.stale_rows, solution.latents, job.stale_version)
         if solution.evidence is not None:
-            self._evidence.put(job.unknown_rows, solution.evidence, job.unknown_version)
+            found = *solution.evidence, job.unknown_count
+            self._evidence.put(job.unknown_rows, found, job.unknown_version)
+            self._known.update(zip(job.unknown_rows.tolist(), job.unknown_keys, strict=True))
         if len(solution.regression):
             some = solution.stale
             self._regression.put(job.wanted_rows[some], solution.regression, solution.inputs[some])
         is_current = job.num_changes == self.tiles.num_changes
-        if is_current:
+        again = set() if job.in_a_hurry else self._unsettled.keys() & job.keys
+        if is_current and not job.in_a_hurry:
             self._solved.update(job.keys)
             self._solved_at = job.num_changes
-        else:  # they may have been solved since, with other neighbours
+            for key in again:
+                del self._unsettled[key]
+        else:  # they may have been solved since, with other hyperparameters
             self._solved.difference_update(job.keys)
+        if job.in_a_hurry:
+            self._unsettled.update(dict.fromkeys(job.keys))
         for row, key in zip(job.rows.tolist(), job.keys, strict=True):
             if not self.tiles.is_in(row, key):
                 continue
             self._ready[row] = key
-            left = self._asked.pop(row, 0) - 1
+            left = self._asked.pop(row, 0) - (key not in again)
             if left > 0:
                 self._asked[row] = left
             elif not is_current:  # it may have changed, and nobody would solve it again
@@ -406,9 +463,9 @@ class World:
         keys, tile = _unique(cover.key)
         known = [key for key in keys if key in self.tiles]
         if some := known if renew else self._not_ready(known):
-            self.refresh(some)
+            self.refresh(some, not renew)
             if self._not_ready(known):  # what was needed beside them took the place of some
-                self.refresh(known)
+                self.refresh(known, not renew)
         self._asked.update(dict.fromkeys(self.tiles.rows(known).tolist(), REMEMBERED))
         row = self.tiles.rows(keys)[tile]
         there = row >= 0
@@ -509,8 +566,7 @@ class World:
     def _regression_of(self, rows):
         """Return solved regressions with their covariances, which are not kept: too large."""
         *_, scale, weight = self._regression.get(rows)
-        sums, evidence = self.tiles.state(rows).least_squares, Evidence(*self._evidence.get(rows))
-        return self._solver.posterior(sums, evidence, scale, weight)
+        return self._solver.posterior(self.tiles.least_squares(rows), scale, weight)
 
 
 class _Cache:

@@ -90,8 +90,13 @@ def test_answers_have_what_was_folded_before_until_the_helper_is_through(held, c
     answer = ask(node, client, x, 2)[1]
     assert answer.header.stamp.sec == 8 and answer.num_observations == 312
     waiting[1]()
+    wait_for(lambda: len(waiting) == 3)  # what is exact comes last
+    answer = ask(node, client, x, 3)[1]
+    assert answer.header.stamp.sec == 9 and answer.num_observations == 414
+    assert node.refresher.is_behind
+    waiting[2]()
     wait_for(lambda: not node.refresher.is_behind)
-    found, answer = ask(node, client, x, 3)
+    found, answer = ask(node, client, x, 4)
     assert answer.header.stamp.sec == 9 and answer.num_observations == 414
     other = node.field.empty_like(2048)
     for count, seed in ((211, 0), (101, 1), (102, 2)):

@@ -328,7 +328,8 @@ def test_summary_holds_the_posterior_of_the_hyperparameters():
         weight = mixture(gps)[0]
         center = weight @ table
         spread = np.sqrt(weight @ (table - center) ** 2)
-        amplitude2 = weight @ [gp.amplitude2 for gp in gps]
+        share = least_squares.averaged(config, torch.tensor(weight)[None, :, None])[0, :, 0]
+        amplitude2 = share.numpy() @ [gp.amplitude2 for gp in gps]
         relative = amplitude2 * (config.amplitude_shape - 1) / config.amplitude_scale
         expected = [*center, *spread[:2], np.log(relative) / 2, np.log1p(N), 0.0]
         np.testing.assert_allclose(summary[row, output], expected, rtol=1e-7, atol=1e-7)
@@ -457,7 +458,7 @@ def test_shared_evidence_averages_dense_gps_whose_amplitudes_are_their_own(dim_x
     shared = torch.einsum('tn,nso->tso', share, own)  # of each row with those beside it
     config = dataclasses.replace(config, num_averaged=12)
     weight = shared.softmax(1)
-    regression = least_squares.posterior(config, variances, folded, found, scale, weight)
+    regression = least_squares.posterior(config, variances, folded, scale, weight)
     mean, _ = least_squares.predict(config, regression, x_target)
     covariance = least_squares.joint_covariance(config, regression, x_target)
     for (row, output), oracles in gps.items():
@@ -485,7 +486,7 @@ def test_a_tile_on_its_own_has_its_own_evidence_and_the_default_amplitude_prior(
     assert scale.tolist() == [[config.amplitude_scale] * DIM_Y] * BATCH
     own = least_squares.log_evidence(config, found, scale)
     weight = own.softmax(1)
-    expected = least_squares.posterior(config, variances, folded, found, scale, weight)
+    expected = least_squares.posterior(config, variances, folded, scale, weight)
     regression = least_squares.solve(config, variances, folded)
     for part, other in zip(regression, expected, strict=True):
         assert torch.equal(part, other)
@@ -499,7 +500,7 @@ def test_values_and_amplitude_prior_in_other_units_give_the_same_prediction_in_t
         variances, folded, found = evidence_of(config, x, unit * y)
         own = least_squares.log_evidence(config, found, unit**2 * scale)
         regression = least_squares.posterior(
-            config, variances, folded, found, unit**2 * scale, own.softmax(1)
+            config, variances, folded, unit**2 * scale, own.softmax(1)
         )
         mean, variance = least_squares.predict(config, regression, x_target)
         noise = regression.noise_variance

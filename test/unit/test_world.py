@@ -509,7 +509,6 @@ class Oracle:
             self.options,
             self.variances,
             self.sums[key],
-            self.evidence[key],
             self.scale[key],
             self.weight[key],
         )
@@ -1059,6 +1058,105 @@ def test_who_is_no_longer_asked_for_when_a_solution_comes_is_solved_for_the_next
     made.end_refresh(job, elsewhere(made, job))
     found = made.predict(x_target, renew=False)  # nothing else would solve them again
     assert_same_prediction(found, made.predict(x_target))
+
+
+def hurried(x, y, more):
+    """Return a world that was asked for everywhere, and then solved in a hurry for more points."""
+    made = world_of(x, y)
+    made.predict(x)
+    made.fold(x[:more], y[:more] + 1.0)
+    made.refresh(made.asked(made.tiles.keys()), in_a_hurry=True)
+    return made
+
+
+def test_in_a_hurry_tiles_keep_hyperparameters_and_have_all_observations(solved, monkeypatch):
+    """Their weights are those that the earlier evidence gives, for the sums of now."""
+    monkeypatch.setattr(world, 'GROWTH', 1e9)
+    (x, y), x_target = points(n=200), targets()
+    made = world_of(x, y)
+    made.predict(x)
+    rows = made.tiles.rows(made.tiles.keys())
+    *_, scale, weight = made._regression.get(rows)
+    made.fold(x[:3], y[:3] + 1.0)
+    solved()
+    made.refresh(made.asked(made.tiles.keys()), in_a_hurry=True)
+    found = made.predict(x_target, renew=False)
+    cost, (mean, *_, scale_then, weight_then) = solved(), made._regression.get(rows)
+    assert cost['evidence'] == 0 < cost['posterior'] and cost['latents'] > 0
+    assert torch.equal(scale, scale_then) and torch.equal(weight, weight_then)
+    expected = made._solver.posterior(made.tiles.least_squares(rows), scale, weight)
+    torch.testing.assert_close(mean, expected.mean, rtol=1e-5, atol=1e-6)
+    assert (found[0] - world_of(x, y).predict(x_target)[0]).abs().max() > 1e-3
+
+
+def test_what_was_solved_in_a_hurry_is_exact_for_who_waits_and_once_it_is_settled(solved):
+    (x, y), x_target = points(n=200), targets()
+    expected = world_of(torch.cat([x, x[:3]]), torch.cat([y, y[:3] + 1.0])).predict(x_target)
+    assert_same_prediction(hurried(x, y, 3).predict(x_target), expected)
+    made = hurried(x, y, 3)
+    assert (made.predict(x_target, renew=False)[1] - expected[1]).abs().max() > 1e-6
+    while tiles := made.unsettled[:8]:
+        made.refresh(tiles)
+    solved()
+    found = made.predict(x_target, renew=False)
+    assert not any(solved().values())
+    assert_same_prediction(found, expected)
+    assert_same_prediction(made.predict(x_target), expected)
+    assert not any(solved().values())
+
+
+@pytest.mark.parametrize('count', [1, 100])
+def test_in_a_hurry_too_evidence_is_found_where_points_are_a_tenth_more(solved, count):
+    x, y = points(n=200)
+    made = world_of(x, y)
+    made.predict(x)
+    rows = made.tiles.rows(made.tiles.keys())
+    before = made.tiles.count(rows)
+    made.fold(x[:1].expand(count, -1), y[:1].expand(count, -1))
+    after = made.tiles.count(rows)
+    solved()
+    made.refresh(made.asked(made.tiles.keys()), in_a_hurry=True)
+    grown = int((after > 1.1 * before).sum())
+    assert solved()['evidence'] == grown
+    assert (grown < int((after > before).sum())) == (count == 1)
+
+
+@pytest.mark.parametrize('change', ['merge', 'undo', 'page'])
+def test_in_a_hurry_no_evidence_of_another_map_or_tile_counts(change, new_store, monkeypatch):
+    monkeypatch.setattr(world, 'GROWTH', 1e9)
+    (x, y), x_target = points(), targets()
+    room = len(world_of(x, y).tiles)
+    made = World(model_of(), lattice(), room, new_store(), undo_window_sec=10.0)
+    made.tiles.history.mark(0.0, made.tiles.totals)
+    made.fold(x[:30], y[:30])
+    made.predict(x_target)
+    if change == 'page':
+        far = x + 1000 * SIZE[2]
+        made.fold(far, y + 7.0)
+        made.predict(far, renew=False)  # in the rows that these tiles had
+        made.fold(x[30:], y[30:])
+    else:
+        made.merge(world_of(x[30:], y[30:])) if change == 'merge' else made.undo(5.0, 1.0)
+    found = made.predict(x_target, renew=False)
+    assert_same_prediction(found, made.predict(x_target))
+
+
+def test_tiles_that_are_no_longer_in_memory_need_not_be_settled(new_store):
+    x, y = points()
+    made = hurried(x, y, 3)
+    assert made.unsettled
+    made.clear()
+    assert not made.unsettled
+    made = World(model_of(), lattice(), len(world_of(x, y).tiles), new_store())
+    made.fold(x, y)
+    made.predict(x)
+    made.fold(x, y)
+    made.refresh(made.asked(made.tiles.keys()), in_a_hurry=True)
+    assert made.unsettled
+    far = x + 1000 * SIZE[2]
+    made.fold(far, y)
+    made.predict(far)
+    assert not made.unsettled
 
 
 def test_tiles_that_are_expected_are_forgotten_with_those_that_were_asked_for(monkeypatch):
