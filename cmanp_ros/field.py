@@ -491,7 +491,7 @@ class NeuralField:
     @property
     def is_settled(self) -> bool:
         """Whether nothing is solved in a hurry: see `refreshing`, `settling`."""
-        return not self.world.unsettled
+        return self.world.is_settled
 
     def refreshing(self, x) -> Iterator[None]:
         """
@@ -508,7 +508,7 @@ class NeuralField:
 
     def settling(self) -> Iterator[None]:
         """Solve exactly what was solved in a hurry, a little with each step."""
-        while tiles := self.world.unsettled[:REFRESHED_AT_ONCE]:
+        while tiles := self.world.unsettled(REFRESHED_AT_ONCE):
             with torch.inference_mode():
                 self.world.refresh(tiles)
             yield
@@ -531,7 +531,7 @@ class NeuralField:
 
     def settling_elsewhere(self) -> Generator[Request, Solution, None]:
         """Do as `settling`, and leave the work to another `Solver`."""
-        while tiles := self.world.unsettled[: self._limit_elsewhere]:
+        while tiles := self.world.unsettled(self._limit_elsewhere):
             with torch.inference_mode():
                 job = self.world.begin_refresh(tiles)
             solution = yield job.request

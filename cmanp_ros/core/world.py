@@ -317,12 +317,16 @@ class World:
         return self._batches(_unique(self.geometry.cover(x).key)[0], limit)
 
     @property
-    def unsettled(self) -> list[Key]:
-        """Tiles in memory that were solved in a hurry, and not exactly since."""
+    def is_settled(self) -> bool:
+        """Whether no tile was solved in a hurry, and not exactly since."""
+        return not self._unsettled
+
+    def unsettled(self, limit: int) -> list[Key]:
+        """Return some tiles that were solved in a hurry; those no longer in memory need not be."""
         if self._unsettled:
             in_memory = set(self.tiles.keys_in_memory)
             self._unsettled = {key: None for key in self._unsettled if key in in_memory}
-        return list(self._unsettled)
+        return list(self._unsettled)[:limit]
 
     def refresh(self, keys: list[Key], in_a_hurry: bool = False):
         """

@@ -104,6 +104,30 @@ def test_answers_have_what_was_folded_before_until_the_helper_is_through(held, c
     np.testing.assert_allclose(found, other.predict(x), rtol=1e-3, atol=1e-4)
 
 
+def test_while_observations_wait_answers_have_all_and_are_exact_later(
+    start_node, client, publish, monkeypatch
+):
+    node, x = start_node(max_processes=1), scattered(31, seed=3)
+    publish(211)
+    wait_until_folded(node, 211)
+    node.field.predict(scattered(301, seed=9))
+    with monkeypatch.context() as waiting:
+        waiting.setattr(type(node.worker), 'num_waiting', 1)
+        publish(11, seed=1, sec=8)
+        wait_for(lambda: node.field.num_observations == 222)
+        wait_for(lambda: node.refresher.shown == (8 * 10**9, 222))
+        assert node.refresher.is_behind and not node.field.is_settled
+        assert ask(node, client, x, 1)[1].num_observations == 222
+    publish(7, seed=2, sec=9)
+    wait_until_folded(node, 229)
+    assert node.field.is_settled
+    other = node.field.empty_like(2048)
+    for count, seed in ((211, 0), (11, 1), (7, 2)):
+        other.observe(scattered(count, seed).astype(np.float32), height(scattered(count, seed)))
+    found = ask(node, client, x, 2)[0]
+    np.testing.assert_allclose(found, other.predict(x), rtol=1e-3, atol=1e-4)
+
+
 def test_what_is_solved_for_a_map_that_was_reset_counts_for_nothing(held, client, publish):
     node, waiting = held
     publish(101, seed=1, sec=8)

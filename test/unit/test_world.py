@@ -1095,7 +1095,7 @@ def test_what_was_solved_in_a_hurry_is_exact_for_who_waits_and_once_it_is_settle
     assert_same_prediction(hurried(x, y, 3).predict(x_target), expected)
     made = hurried(x, y, 3)
     assert (made.predict(x_target, renew=False)[1] - expected[1]).abs().max() > 1e-6
-    while tiles := made.unsettled[:8]:
+    while tiles := made.unsettled(8):
         made.refresh(tiles)
     solved()
     found = made.predict(x_target, renew=False)
@@ -1144,19 +1144,19 @@ def test_in_a_hurry_no_evidence_of_another_map_or_tile_counts(change, new_store,
 def test_tiles_that_are_no_longer_in_memory_need_not_be_settled(new_store):
     x, y = points()
     made = hurried(x, y, 3)
-    assert made.unsettled
+    assert not made.is_settled and made.unsettled(9)
     made.clear()
-    assert not made.unsettled
+    assert not made.unsettled(9) and made.is_settled
     made = World(model_of(), lattice(), len(world_of(x, y).tiles), new_store())
     made.fold(x, y)
     made.predict(x)
     made.fold(x, y)
     made.refresh(made.asked(made.tiles.keys()), in_a_hurry=True)
-    assert made.unsettled
+    assert not made.is_settled and made.unsettled(9)
     far = x + 1000 * SIZE[2]
     made.fold(far, y)
     made.predict(far)
-    assert not made.unsettled
+    assert not made.unsettled(9) and made.is_settled
 
 
 def test_tiles_that_are_expected_are_forgotten_with_those_that_were_asked_for(monkeypatch):
