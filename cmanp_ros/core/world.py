@@ -411,7 +411,9 @@ class World:
         if solution.evidence is not None:
             found = *solution.evidence, job.unknown_count
             self._evidence.put(job.unknown_rows, found, job.unknown_version)
-            self._known.update(zip(job.unknown_rows.tolist(), job.unknown_keys, strict=True))
+            for row, key in zip(job.unknown_rows.tolist(), job.unknown_keys, strict=True):
+                if self.tiles.is_in(row, key):
+                    self._known[row] = key
         if len(solution.regression):
             some = solution.stale
             self._regression.put(job.wanted_rows[some], solution.regression, solution.inputs[some])
