@@ -109,7 +109,7 @@ class View:
         self._field = node.fleet.combined
         self._grid = visualization.grid_targets(*self._window(), self._p.grid_resolution)
         self._mean, self._stddev = np.empty((2, len(self._grid.targets)))
-        self._header = node.header(node.refresher.shown[0])  # no cell is older
+        self._header = node.header(node.refresher.exact[0] or None)  # no cell is older
 
     def predict(self):
         """Predict the grid: an iterator, a few cells at a time."""

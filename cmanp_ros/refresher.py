@@ -38,6 +38,7 @@ class Refresher:
         self._is_folding = self._is_helped = False
         self._helper, self._may_have_helper = None, _num_cores() > 1
         self._num_late = self._num_resets = 0
+        self._exact = 0, 0  # as `exact`, when the last fold began
 
     @property
     def is_behind(self) -> bool:
@@ -50,12 +51,18 @@ class Refresher:
         return self._shown or self._folded
 
     @property
+    def exact(self) -> tuple[int, int]:
+        """Newest stamp [ns], and number, of the observations that answers have exactly."""
+        return self._exact if self.is_behind else self._folded
+
+    @property
     def _folded(self):
         return self._node.intake.newest_stamp, self._node.fleet.combined.num_observations
 
     def begin_again(self):
         """Forget what was being solved: the map is another one."""
         self._num_resets += 1
+        self._exact = 0, 0
         self._shown, self._changed = None, []
         self._node.fleet.combined.forget_solved()
 
@@ -67,6 +74,7 @@ class Refresher:
 
     def begin_fold(self):
         """Note that observations are being folded."""
+        self._exact = self.exact
         self._shown, self._is_folding = self.shown, True
 
     def end_fold(self):

@@ -117,10 +117,11 @@ def test_while_observations_wait_answers_have_all_and_are_exact_later(
         wait_for(lambda: node.field.num_observations == 222)
         wait_for(lambda: node.refresher.shown == (8 * 10**9, 222))
         assert node.refresher.is_behind and not node.field.is_settled
+        assert node.refresher.exact == (7 * 10**9, 211)  # what grids say that they have
         assert ask(node, client, x, 1)[1].num_observations == 222
     publish(7, seed=2, sec=9)
     wait_until_folded(node, 229)
-    assert node.field.is_settled
+    assert node.field.is_settled and node.refresher.exact == (9 * 10**9, 229)
     other = node.field.empty_like(2048)
     for count, seed in ((211, 0), (11, 1), (7, 2)):
         other.observe(scattered(count, seed).astype(np.float32), height(scattered(count, seed)))
