@@ -522,21 +522,21 @@ class NeuralField:
         """
         for some in self._tiles_over(x, self._limit_elsewhere):
             with torch.inference_mode():
-                if not (tiles := self.world.expect(some)):
-                    continue
-                job = self.world.begin_refresh(tiles, in_a_hurry=True)
-            solution = yield job.request
-            with torch.inference_mode():
-                self.world.end_refresh(job, solution)
+                tiles = self.world.expect(some)
+            if tiles:
+                yield from self._refreshing_elsewhere(tiles, in_a_hurry=True)
 
     def settling_elsewhere(self) -> Generator[Request, Solution, None]:
         """Do as `settling`, and leave the work to another `Solver`."""
         while tiles := self.world.unsettled(self._limit_elsewhere):
-            with torch.inference_mode():
-                job = self.world.begin_refresh(tiles)
-            solution = yield job.request
-            with torch.inference_mode():
-                self.world.end_refresh(job, solution)
+            yield from self._refreshing_elsewhere(tiles, in_a_hurry=False)
+
+    def _refreshing_elsewhere(self, tiles, in_a_hurry):
+        with torch.inference_mode():
+            job = self.world.begin_refresh(tiles, in_a_hurry)
+        solution = yield job.request
+        with torch.inference_mode():
+            self.world.end_refresh(job, solution)
 
     @property
     def _limit_elsewhere(self):

@@ -73,8 +73,6 @@ class Job(NamedTuple):
     unknown_keys: list[Key]
     stale_version: Tensor
     unknown_version: Tensor
-    unknown_count: Tensor | None
-    """Points of these tiles; None without any."""
 
 
 class World:
@@ -383,7 +381,6 @@ class World:
             names,
             self.tiles.version(stale),
             self.tiles.version(near),
-            self.tiles.count(near) if len(near) else None,
         )
 
     def _has_grown(self, rows, keys):
@@ -409,7 +406,7 @@ class World:
         if len(job.stale_rows):
             self._latents.put(job.stale_rows, solution.latents, job.stale_version)
         if solution.evidence is not None:
-            found = *solution.evidence, job.unknown_count
+            found = *solution.evidence, job.request.unknown_sums.count
             self._evidence.put(job.unknown_rows, found, job.unknown_version)
             for row, key in zip(job.unknown_rows.tolist(), job.unknown_keys, strict=True):
                 if self.tiles.is_in(row, key):
