@@ -62,6 +62,9 @@ def blend(cover: Cover, answers: Decoded, num_targets, num_levels) -> Mixture:
     the target its level covers: where data end, a level goes before its last window does, or the
     step would be seen. Where the coarsest tiles around a target are missing the prior comes in,
     slowly.
+
+    The mean is mixed with weights that give finer tiles a head start, `Decoded.head_start`; the
+    stddev is about that mean, and has the disagreement of the tiles by their plain weights.
     """
     index = cover.index
     shape = (num_targets, answers.mean.shape[-1])
@@ -84,7 +87,9 @@ def blend(cover: Cover, answers: Decoded, num_targets, num_levels) -> Mixture:
     weight = weight * (covered / sum_over_tiles(weight))[index]
     total = covered + prior
     weight, prior = weight / total[index], prior / total
-    mean = sum_over_tiles(weight * answers.mean)
+    ahead = weight * answers.head_start.exp()
+    ahead = ahead * (sum_over_tiles(weight) / sum_over_tiles(ahead))[index]
+    mean = sum_over_tiles(ahead * answers.mean)
     spread = answers.stddev.square() + (answers.mean - mean[index]).square()
     variance = sum_over_tiles(weight * spread) + prior * (1 + mean.square())
     return Mixture(mean, variance.sqrt(), weight, prior)

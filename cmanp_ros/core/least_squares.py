@@ -199,7 +199,8 @@ def forget(a: LeastSquaresSums, factor: float) -> LeastSquaresSums:
     return LeastSquaresSums(*(part * factor for part in a))
 
 
-NUM_SUMMARIES = 8
+NUM_SUMMARIES = 9
+CELLS_PER_AXIS = 5  # of those that are seen or not: some, and no more than a track can fill
 MATRICES_AT_ONCE = 40  # that are factorized together: they fit in caches
 FEW = (24, 40)  # points of a tile: their covariance is factorized, not all weights'
 FAR_MORE = 8.0  # times the median number of points in a voxel
@@ -396,8 +397,8 @@ def posterior(
         alone or with others.
     :return: posterior of the weights; `summary` holds the posterior means of log length, log
         noise ratio, 1 / smoothness, the spread of the first two, log amplitude over its prior (of
-        the settings that are averaged), log(1 + effective count), and log(effective count /
-        count).
+        the settings that are averaged), log(1 + effective count), log(effective count / count),
+        and the share of the tile that was seen.
     """
     gram, moment, sum_squares, count, center = _honest_sums(config, a)
     noise2_of = _noise2(config, gram)
@@ -435,14 +436,14 @@ def posterior(
     grid = _grid(config).to(gram.device)  # (settings, 3)
     moments = torch.einsum('bso,sp->bop', weight, torch.cat([grid, grid.square()], -1))
     center, square = moments.chunk(2, -1)
-    counts = torch.stack([torch.log1p(count), _honesty(config, a).log()], -1)
+    known = torch.stack([torch.log1p(count), _honesty(config, a).log(), _seen(config, a)], -1)
     relative = amplitude2 * (config.amplitude_shape - 1) / scale
     summary = torch.cat(
         [
             center,
             (square - center.square()).clamp(min=0).sqrt()[..., :2],
             0.5 * relative.log().unsqueeze(-1),
-            counts.unsqueeze(1).expand(-1, weight.shape[-1], -1),
+            known.unsqueeze(1).expand(-1, weight.shape[-1], -1),
         ],
         -1,
     )
@@ -540,6 +541,22 @@ def _honesty(config, a):
     limit = FAR_MORE * points.nanmedian(-1, keepdim=True).values.clamp(min=enough)
     share = points.clamp(max=enough).nansum(-1) / torch.minimum(points, limit).nansum(-1)
     return torch.where(occupied.any(-1), share, 1.0)
+
+
+def _seen(config, a):
+    """
+    Return the share of the tile that was seen, (batch,): of cells, each as fresh as its voxels.
+    """
+    m, dim_x = config.voxels_per_axis, basis.dim_of(config, a.moment.shape[1])
+    cells = min(m, CELLS_PER_AXIS)
+    middle = torch.arange(m, device=a.count.device) + 0.5
+    along = (middle * cells / m).long()
+    cell = along
+    for _ in range(dim_x - 1):
+        cell = (cell.unsqueeze(-1) * cells + along).flatten()
+    fresh = a.voxel_freshness.new_zeros(len(a.count), cells**dim_x)
+    fresh = fresh.scatter_reduce(1, cell.expand_as(a.voxel_freshness), a.voxel_freshness, 'amax')
+    return fresh.mean(1)
 
 
 def _grid(config):

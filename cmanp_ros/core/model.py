@@ -65,6 +65,8 @@ class Decoded(NamedTuple):
     """Factor by which the network changed the regression's stddev; 1 without a regression."""
     log_weight: Tensor
     """Log weight of the answer against those of other tiles; 0 without a regression."""
+    head_start: Tensor
+    """Log of what this weight is multiplied by to mix means; 0 without a regression."""
 
 
 class CMANP(nn.Module):
@@ -213,7 +215,7 @@ class CMANP(nn.Module):
         parts = []
         for chunk in x_target.split(TARGETS_AT_ONCE, 1):
             prior = self.regress(encoding, chunk)
-            mean, _, ratio, _ = self.decode(encoding.projected, chunk, prior)
+            mean, _, ratio, *_ = self.decode(encoding.projected, chunk, prior)
             phi = basis.functions(self.config.least_squares, chunk).unsqueeze(1)
             deviation = phi @ weights - prior.mean.unsqueeze(1)  # (batch, samples, n, dim_y)
             parts.append((mean.unsqueeze(1) + deviation * ratio.unsqueeze(1)).transpose(0, 1))
@@ -329,12 +331,14 @@ class CMANP(nn.Module):
             limit = torch.where(second < 0, -log(LEAST_STDDEV), 2.5)
             correction = _bounded(second, limit).exp()
             log_weight = _bounded(third, 6.0) - 2 * stddev.log()  # untrained: by precision
-            answer = Decoded(mean, stddev * correction, correction, log_weight)
+            head_start = _head_start(prior, self.config.num_levels).expand_as(mean)
+            answer = Decoded(mean, stddev * correction, correction, log_weight, head_start)
             return _mixed_with(answer, stddev, *own) if own else answer
         first, second = output.chunk(2, -1)
         bounded = self.config.bounded_stddev
         stddev = 0.05 + 0.95 * nn.functional.softplus(second) if bounded else second.exp()
-        return Decoded(first, stddev, torch.ones_like(first), torch.zeros_like(first))
+        none = torch.zeros_like(first)
+        return Decoded(first, stddev, none.exp(), none, none)
 
     def decode_block(self, projected: list[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -421,6 +425,25 @@ def num_context(config: CMANPConfig) -> int:
 
 LEAST_STDDEV = 0.5  # of the regression's: a reading far off must not be a catastrophe
 OWN_LOG_ODDS = -2.0  # of an untrained decoder's own answer where both are as precise
+
+
+SEEN_WELL = 0.5  # share of a tile: more than one pass of a track, less than scattered readings
+STEEP = 1.6  # amplitude over that of the coarsest tiles above
+
+
+def _head_start(prior, num_levels):
+    """
+    Return log factors of the weights of finer tiles that were seen well, for mixing means.
+
+    A coarse tile takes its noise to be the same all over, so where the field is rough it claims
+    less error than it has. Not so a tile that was seen along a track only, or in which passes
+    disagree or a blunder looks like a cliff: it extrapolates wildly.
+    """
+    num_coarser = (1 - prior.context[..., 0]) / 2 * (num_levels - 1)
+    log_amplitude, seen = prior.summary[..., 5], prior.summary[..., 8]
+    is_trusted = torch.sigmoid(20 * (seen - SEEN_WELL))
+    is_trusted = is_trusted * torch.sigmoid(10 * (log(STEEP) - log_amplitude))
+    return num_coarser.square() * is_trusted
 
 
 def _mixed_with(answer, stddev, mean, log_stddev, log_odds):

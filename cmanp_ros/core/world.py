@@ -499,8 +499,8 @@ class World:
 
         :return: (pairs, dim_y) each.
         """
-        shape = (len(pairs.row), self.model.config.dim_y)
-        answers = Decoded(*torch.empty(4, *shape, dtype=torch.float64, device=pairs.row.device))
+        size = len(Decoded._fields), len(pairs.row), self.model.config.dim_y
+        answers = Decoded(*torch.empty(size, dtype=torch.float64, device=pairs.row.device))
         for tiles, members, mask in groups(pairs.row, AT_ONCE):
             own = members[mask]
             prior = pairs.prior and Prior(*(part[own] for part in pairs.prior))

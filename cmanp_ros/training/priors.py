@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 HALF_WIDTH = 2.0
+PARKED = 0.1  # share of worlds
 NUM_FEATURES = 512  # random Fourier features of a training field: cheap, close to Gaussian
 
 
@@ -40,13 +41,15 @@ def world_task(generator, max_context=1200, num_target=48, dim_x=2) -> WorldTask
     Draw a field, where it is observed, and targets in and around it.
 
     Observations: uniform, along winding tracks or survey lines with a footprint, clusters,
-    half-seen regions; noise that may vary tenfold, passes that disagree, outliers; amplitudes over
-    two decades. Targets: clusters anywhere, and where the track goes on.
+    half-seen regions, parked robots; noise that may vary tenfold, passes that disagree, outliers;
+    amplitudes over two decades. Targets: clusters anywhere, and where the track goes on.
     """
     chance, uniform, log_uniform = _draws(generator)
     size = uniform(0, 1)
     num_context = int((max_context + 1) ** size) if size > 0.04 else 0
     side = log_uniform(2.5, 14.0)
+    if chance(0.25) and num_context:  # as many readings of a tile as there may be
+        side = min(14.0, max(0.7, (num_context / log_uniform(5, 500)) ** (1 / dim_x)))
     on_track = chance(0.5)
     stride = 2 ** int(uniform(0, 3)) if on_track else 1  # how far ahead the targets reach
     count = num_context + stride * num_target
@@ -67,16 +70,21 @@ def world_task(generator, max_context=1200, num_target=48, dim_x=2) -> WorldTask
     if not chance(0.6 if on_track else 0.15):
         x_target = _targets(generator, x_context, num_target, side)
 
+    if num_context > 1 and chance(PARKED):  # a robot stands still, and is asked about the place
+        stays = int(log_uniform(1, num_context))
+        x_context[-stays:] = x_context[-stays].clone()
+        x_target[: num_target // 4] = x_context[-1]
+
     x = torch.cat([x_context, x_target])
     field, noise = _field(generator, x)
     white = torch.randn(field.shape, dtype=torch.float64, generator=generator)
-    if on_track and chance(0.3):  # passes that disagree: tides, drift, another ship
-        every = int(log_uniform(10, 200))
+    if on_track and chance(0.5):  # passes that disagree: tides, drift, another ship
+        every = int(log_uniform(10, 400))
         passes = torch.randn(len(x) // every + 1, 1, dtype=torch.float64, generator=generator)
         bias = passes.repeat_interleave(every, 0)[: len(x)]
-        field = field + log_uniform(0.01, 0.3) * bias
+        field = field + log_uniform(0.01, 0.5) * bias
     y = field + noise * white
-    if chance(0.2):  # readings that went wrong
+    if chance(0.3):  # readings that went wrong
         wrong = torch.rand(y.shape, generator=generator) < uniform(0.01, 0.1)
         wrong[num_context:] = False
         side = torch.randint(0, 2, y.shape, generator=generator) * 2.0 - 1

@@ -251,7 +251,7 @@ def test_another_format_version_is_named(model_path):
     metadata, tensors = content(model_path)
     save_file(tensors, model_path, metadata | {'format_version': '1'})
     assert refusal(load_model, model_path) == (
-        f'{model_path} has format version 1, this release reads 2: use the release that wrote it'
+        f'{model_path} has format version 1, this release reads 3: use the release that wrote it'
     )
 
 

@@ -331,7 +331,8 @@ def test_summary_holds_the_posterior_of_the_hyperparameters():
         share = least_squares.averaged(config, torch.tensor(weight)[None, :, None])[0, :, 0]
         amplitude2 = share.numpy() @ [gp.amplitude2 for gp in gps]
         relative = amplitude2 * (config.amplitude_shape - 1) / config.amplitude_scale
-        expected = [*center, *spread[:2], np.log(relative) / 2, np.log1p(N), 0.0]
+        seen = cells_seen(x[row].numpy(), VOXELS[2])
+        expected = [*center, *spread[:2], np.log(relative) / 2, np.log1p(N), 0.0, seen]
         np.testing.assert_allclose(summary[row, output], expected, rtol=1e-7, atol=1e-7)
 
 
@@ -735,6 +736,31 @@ def voxels(x, m):
     return np.clip(np.floor((x + 2) / 4 * m), 0, m - 1).astype(int)
 
 
+def cells_seen(x, m):
+    """Return the share of 5 x 5 (or 5, or 5 x 5 x 5) cells that hold a voxel with a point."""
+    middle = (voxels(x, m) + 0.5) / m
+    return len({tuple(cell) for cell in np.floor(5 * middle)}) / 5 ** x.shape[1]
+
+
+@pytest.mark.parametrize('m', [5, 15, 17])
+@pytest.mark.parametrize('dim_x', [1, 2, 3])
+def test_the_share_of_a_tile_that_was_seen_is_that_of_its_cells(dim_x, m):
+    config = config_of(dim_x, voxels_per_axis=m)
+    x, y, _ = data(dim_x)
+    x[1, 1:], x[2] = x[1, 0], x[2] / 2  # parked, and in the middle only
+    variances = least_squares.prior_variances(config, dim_x)
+    folded = least_squares.sums(config, x, y)
+    nothing = least_squares.empty(config, dim_x, DIM_Y, 1)
+    for factor in (1.0, 0.25):
+        faded = least_squares.forget(folded, factor)
+        seen = least_squares.solve(config, variances, faded).summary[..., 8]
+        shares = [factor * cells_seen(row, m) for row in x.numpy()]
+        assert shares[1] < shares[2] <= shares[0]
+        expected = torch.tensor(shares).double().unsqueeze(1).expand(-1, DIM_Y)
+        torch.testing.assert_close(seen, expected)
+    assert (least_squares.solve(config, variances, nothing).summary[..., 8] == 0).all()
+
+
 @pytest.mark.parametrize('factor', [1.0, 0.25])
 @pytest.mark.parametrize('repeats', [1, 2, 5])
 @pytest.mark.parametrize('points_per_voxel', [1.0, 2.0, 3.5])
@@ -748,7 +774,7 @@ def test_voxels_that_are_all_crowded_count_as_the_points_allowed(
     folded = least_squares.forget(least_squares.sums(config, x, y), factor)
     weight = factor * min(1, points_per_voxel / repeats)
     regression = assert_solved_as_by_dense_gps(config, folded, (x, y), x_target, weight)
-    counts = regression.summary[..., -2:]
+    counts = regression.summary[..., 6:8]
     expected = [np.log1p(weight * N * repeats), np.log(min(1, points_per_voxel / repeats))]
     np.testing.assert_allclose(counts, np.broadcast_to(expected, counts.shape), **EXACT)
 
@@ -759,7 +785,7 @@ def test_no_point_counts_more_than_in_full_and_none_not_at_all():
     x[2, 1:] = x[2, 0]
     folded = least_squares.sums(config, x, torch.zeros(BATCH, 101, 1))
     variances = least_squares.prior_variances(config, 2)
-    log_share = least_squares.solve(config, variances, folded).summary[:, 0, -1]
+    log_share = least_squares.solve(config, variances, folded).summary[:, 0, 7]
     assert (log_share < 0).all() and (log_share >= -np.log(101)).all()
 
 

@@ -470,6 +470,27 @@ def test_an_untrained_field_model_weights_its_answers_by_precision():
     torch.testing.assert_close(found.log_weight, precision.log(), **EXACT)
 
 
+@pytest.mark.parametrize('level', [0, 1, 2])  # finest to coarsest
+@pytest.mark.parametrize(
+    ('seen', 'log_amplitude', 'is_trusted'),
+    [(0.8, 0.0, True), (0.2, 0.0, False), (0.8, 1.0, False), (1.0, -3.0, True)],
+)
+def test_finer_tiles_that_are_trusted_have_a_head_start(level, seen, log_amplitude, is_trusted):
+    model = CMANP(small_models.field(dim_x=2, dim_y=3)).eval()
+    state = folded(model, *points(model.config, N, batch=2))
+    encoding, x_target = model.encoding(state), targets(model.config, batch=2)
+    prior = model.regress(encoding, x_target)
+    before = model.decode(encoding.projected, x_target, prior)
+    prior.context[..., 0] = level - 1
+    prior.summary[..., 5], prior.summary[..., 8] = log_amplitude, seen
+    found = model.decode(encoding.projected, x_target, prior)
+    expected = torch.full_like(found.mean, (2 - level) ** 2 * is_trusted)
+    torch.testing.assert_close(found.head_start, expected, rtol=0.02, atol=0.02)
+    assert found.head_start.shape == found.mean.shape
+    for name in ('mean', 'stddev', 'correction', 'log_weight'):  # of an untrained model
+        torch.testing.assert_close(getattr(found, name), getattr(before, name))
+
+
 def test_the_correction_is_that_of_the_stddev_of_the_regression(field):
     x_target = targets(field.config, batch=2)
     state = folded(field, *points(field.config, N, batch=2))
@@ -489,7 +510,8 @@ def test_answers_without_a_regression_are_neither_corrected_nor_weighted():
     state = folded(model, *points(model.config, N, batch=2))
     found, prior = decoded(model, state, targets(model.config, batch=2))
     assert prior is None
-    assert (found.correction == 1).all() and (found.log_weight == 0).all()
+    assert (found.correction == 1).all()
+    assert (found.log_weight == 0).all() and (found.head_start == 0).all()
 
 
 @pytest.mark.parametrize('preset', PRESETS)

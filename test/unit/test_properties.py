@@ -86,17 +86,6 @@ def test_repeated_readings_shrink_the_stddev_towards_the_noise(new_map, counts):
     assert 0.8 * NOISE < expected[-1] < 1.3 * NOISE
 
 
-UNRESOLVED = (
-    'coarse tiles take what they cannot resolve for noise; of a parked robot they learn that '
-    'noise is small, and then weigh too much (RMSE 1.2 times what it was)'
-)
-
-
-@pytest.mark.parametrize(
-    'new_map',
-    [pytest.param('tiles', marks=pytest.mark.xfail(reason=UNRESOLVED, strict=True)), 'one tile'],
-    indirect=True,
-)
 def test_a_parked_robot_leaves_predictions_elsewhere_as_they_were(new_map):
     """Parked for 10^5 readings: merged from parts, which is folding them."""
     before, after = np.zeros((2, 3))

@@ -73,6 +73,18 @@ def test_worlds_are_seen_as_often_by_few_readings_as_by_many():
         assert abs((position > low).mean() - (1 - low)) < 0.1
 
 
+def test_robots_park_in_some_worlds_and_are_asked_about_the_place():
+    generator, parked = seeded(), 0
+    for _ in range(211):
+        task = priors.world_task(generator, 499, 8)
+        if len(task.x_context) > 1 and torch.equal(*task.x_context[-2:]):
+            parked += 1
+            place = task.x_context[-1].expand(2, -1)
+            assert torch.equal(task.x_target[:2], place)
+            assert len(task.y_target.unique()) == 8  # noise is drawn for each reading
+    assert 0.3 * priors.PARKED < parked / 211 < 2 * priors.PARKED
+
+
 def test_worlds_have_amplitudes_over_two_decades_and_offsets_beyond_them():
     tasks = [priors.world_task(seeded(seed), 1, 101) for seed in range(211)]
     deviation = np.array([task.y_target.std() for task in tasks])

@@ -536,6 +536,7 @@ def test_a_prediction_is_the_mixture_of_what_the_tiles_answer():
     mean, stddev = made.predict(x_target)
     pairs = made.pairs(x_target)
     answers = made.decode(pairs)
+    assert answers.head_start.min() < 0.1 and answers.head_start.max() > 1
     for i, output in product(range(N_TARGET), range(2)):
         own = (pairs.cover.index == i).nonzero()[:, 0].tolist()
         logs = [float(answers.log_weight[j, output]) for j in own]
@@ -544,10 +545,10 @@ def test_a_prediction_is_the_mixture_of_what_the_tiles_answer():
         window = (window * of_level).tolist()
         weight = [w * np.exp(log - max(logs)) for w, log in zip(window, logs, strict=True)]
         weight = np.array(weight) / np.sum(weight)
+        ahead = weight * np.exp(answers.head_start[own, output].numpy())
         means = answers.mean[own, output].numpy()
-        squares = answers.stddev[own, output].numpy() ** 2 + means**2
-        expected = weight @ means
-        variance = weight @ squares - expected**2
+        expected = ahead @ means / ahead.sum()
+        variance = weight @ (answers.stddev[own, output].numpy() ** 2 + (means - expected) ** 2)
         assert float(mean[i, output]) == pytest.approx(expected, rel=1e-9, abs=1e-9)
         assert float(stddev[i, output]) == pytest.approx(variance**0.5, rel=1e-9)
 
