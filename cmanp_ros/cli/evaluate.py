@@ -272,6 +272,7 @@ def _seams(options):
     ):
         rows.append({'field': kind, **seams.seams(field, -1.9, 1.9)._asdict()})
         if number == 0:
+            Path(options.picture).parent.mkdir(parents=True, exist_ok=True)
             seams.draw(field, options.picture)
     print('jumps where tiles change: the largest, and the mean of all')
     print(scores.terminal_table([{k: _pair(v) for k, v in row.items()} for row in rows]))
