@@ -85,7 +85,12 @@ def test_observations_fade_by_the_time_of_the_stamps(bag):
         expected.forget(1.0)
         expected.observe(cloud_points[:, :2], cloud_points[:, 2:])
     np.testing.assert_allclose(field.predict([[9, 3]]), expected.predict([[9, 3]]), rtol=1e-9)
-    assert field.predict([[9, 3]])[1] > folded(job(path))[0].predict([[9, 3]])[1]
+    counts = [states(made)[1]['least_squares.count'] for made in (field, folded(job(path))[0])]
+    ages = np.arange(7)[::-1]  # [s] when the last message was folded
+    faded = 13 * (0.5 ** (ages / 3.0)).sum()
+    # One of the coarsest tiles has all points.
+    assert counts[1].max() == 7 * 13 and counts[0].max() == pytest.approx(faded)
+    assert (counts[0] < counts[1]).sum() > 0.8 * len(counts[0])
 
 
 def test_a_node_can_load_the_map_and_python_restores_it(bag, capsys, tmp_path):
