@@ -51,6 +51,9 @@ def main(arguments) -> int:
         _add_options(commands.add_parser(name, help=text, description=text), name)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    for path in (getattr(options, name, None) for name in ('picture', 'json')):
+        if path:  # before hours of work
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
     study = {
         'terrain': _terrain,
         'robust': _robust,
@@ -272,7 +275,6 @@ def _seams(options):
     ):
         rows.append({'field': kind, **seams.seams(field, -1.9, 1.9)._asdict()})
         if number == 0:
-            Path(options.picture).parent.mkdir(parents=True, exist_ok=True)
             seams.draw(field, options.picture)
     print('jumps where tiles change: the largest, and the mean of all')
     print(scores.terminal_table([{k: _pair(v) for k, v in row.items()} for row in rows]))

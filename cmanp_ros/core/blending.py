@@ -84,11 +84,13 @@ def blend(cover: Cover, answers: Decoded, num_targets, num_levels) -> Mixture:
 
     # Windows share what they cover of a target; what they do not cover belongs to the prior.
     covered = cover.window.new_zeros(num_targets).index_add_(0, index, cover.window).unsqueeze(-1)
-    weight = weight * (covered / sum_over_tiles(weight))[index]
     total = covered + prior
-    weight, prior = weight / total[index], prior / total
-    ahead = weight * answers.head_start.exp()
-    ahead = ahead * (sum_over_tiles(weight) / sum_over_tiles(ahead))[index]
+
+    def shares(weight):
+        return weight * (covered / total / sum_over_tiles(weight))[index]
+
+    ahead = shares(weight * answers.head_start.exp())
+    weight, prior = shares(weight), prior / total
     mean = sum_over_tiles(ahead * answers.mean)
     spread = answers.stddev.square() + (answers.mean - mean[index]).square()
     variance = sum_over_tiles(weight * spread) + prior * (1 + mean.square())

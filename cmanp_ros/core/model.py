@@ -425,8 +425,6 @@ def num_context(config: CMANPConfig) -> int:
 
 LEAST_STDDEV = 0.5  # of the regression's: a reading far off must not be a catastrophe
 OWN_LOG_ODDS = -2.0  # of an untrained decoder's own answer where both are as precise
-
-
 SEEN_WELL = 0.5  # share of a tile: more than one pass of a track, less than scattered readings
 STEEP = 1.6  # amplitude over that of the coarsest tiles above
 
@@ -440,10 +438,10 @@ def _head_start(prior, num_levels):
     disagree or a blunder looks like a cliff: it extrapolates wildly.
     """
     num_coarser = (1 - prior.context[..., 0]) / 2 * (num_levels - 1)
-    log_amplitude, seen = prior.summary[..., 5], prior.summary[..., 8]
-    is_trusted = torch.sigmoid(20 * (seen - SEEN_WELL))
-    is_trusted = is_trusted * torch.sigmoid(10 * (log(STEEP) - log_amplitude))
-    return num_coarser.square() * is_trusted
+    is_seen = torch.sigmoid(20 * (prior.summary[..., least_squares.SEEN] - SEEN_WELL))
+    log_amplitude = prior.summary[..., least_squares.LOG_AMPLITUDE]
+    is_calm = torch.sigmoid(10 * (log(STEEP) - log_amplitude))
+    return num_coarser.square() * is_seen * is_calm
 
 
 def _mixed_with(answer, stddev, mean, log_stddev, log_odds):
