@@ -321,7 +321,7 @@ def draw_real(path):
 
 
 KEPT = {
-    'cmanp tiles': 'tiles, 30 kB each',
+    'cmanp tiles': 'tiles, 44 kB each',
     'exact GP': 'all observations, squared',
     'local GP': 'all observations',
     'sparse GP': 'inducing points',

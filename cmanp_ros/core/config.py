@@ -42,6 +42,8 @@ class LeastSquaresConfig:
     """Settings of the grid, those of most evidence, that a prediction averages at most."""
     averaged_weight: float = 0.97
     """Where so much of the weight of all settings is averaged, the others are left out."""
+    outlier_share: float = 0.0
+    """Share of readings that are taken to be far off, see `outliers`; 0: none of them is kept."""
     noise_stddev: float | None = None
     """Where the noise of observations is known [model units]: the amplitude then follows from each
     noise ratio and is not integrated out."""
@@ -67,6 +69,8 @@ class LeastSquaresConfig:
             _require(valid, name, value, 'a positive number')
         share = self.averaged_weight
         _require(0 < share <= 1, 'averaged_weight', share, 'a number in (0, 1]')
+        share = self.outlier_share
+        _require(0 <= share < 0.5, 'outlier_share', share, 'a number in [0, 0.5)')
         for name in ('offset_variance', 'slope_variance'):
             value = getattr(self, name)
             _require(isfinite(value) and value >= 0, name, value, 'a number of at least 0')
@@ -181,7 +185,9 @@ class CMANPConfig:
             'dim_feedforward': 96,
             'num_blocks': 2,
             'inducing_points': True,
-            'least_squares': LeastSquaresConfig(per_axis, voxels_per_axis=voxels),
+            'least_squares': LeastSquaresConfig(
+                per_axis, voxels_per_axis=voxels, outlier_share=0.05
+            ),
             'num_levels': 3,
         }
         return cls(dim_x=dim_x, dim_y=dim_y, **{**defaults, **overrides})

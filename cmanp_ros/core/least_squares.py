@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmanp_ros.core import basis
+from cmanp_ros.core import basis, outliers
 from cmanp_ros.core.config import LeastSquaresConfig
 from cmanp_ros.core.lattice import HALF_WIDTH
 from cmanp_ros.core.linalg import OVERSAMPLING, bordered, cholesky, eliminate, low_rank
@@ -36,6 +36,8 @@ class LeastSquaresSums(NamedTuple):
     """(batch, num_voxels): points in each voxel, less what was forgotten."""
     voxel_freshness: Tensor
     """(batch, num_voxels): weight of the newest point of each voxel; 1 if none was forgotten."""
+    voxel_extremes: Tensor
+    """(batch, num_voxels, slots, dim_x + dim_y + 1): see `outliers.extremes`."""
 
 
 class Regression(NamedTuple):
@@ -104,7 +106,8 @@ def sums(
     gram, moment = basis.sums(config, x, y, present)
     batch, _, dim_x = x.shape
     voxels = torch.zeros(batch, config.voxels_per_axis**dim_x, dtype=y.dtype, device=x.device)
-    voxels = voxels.scatter_add(1, _voxel(config, x), present)
+    voxel = _voxel(config, x)
+    voxels = voxels.scatter_add(1, voxel, present)
     return LeastSquaresSums(
         gram=gram,
         moment=moment,
@@ -112,6 +115,7 @@ def sums(
         count=present.sum(1),
         voxel_count=voxels,
         voxel_freshness=(voxels > 0).to(y.dtype),
+        voxel_extremes=outliers.extremes(config, x, y, voxel, present),
     )
 
 
@@ -139,16 +143,22 @@ def empty(config: LeastSquaresConfig, dim_x: int, dim_y: int, batch: int, device
         count=torch.zeros(batch, **kwargs),
         voxel_count=torch.zeros(batch, config.voxels_per_axis**dim_x, **kwargs),
         voxel_freshness=torch.zeros(batch, config.voxels_per_axis**dim_x, **kwargs),
+        voxel_extremes=outliers.empty(config, dim_x, dim_y, batch, device),
     )
 
 
 def merge(a: LeastSquaresSums, b: LeastSquaresSums) -> LeastSquaresSums:
     """
-    Return the sums of both sets of points: addition, and the freshest of each voxel.
+    Return the sums of both sets of points: addition, and of each voxel the freshest and extremes.
     """
-    added = (p + q for p, q in zip(a[:-1], b[:-1], strict=True))
+    added = (p + q for p, q in zip(a[:-2], b[:-2], strict=True))
     freshest = torch.maximum(a.voxel_freshness, b.voxel_freshness)
-    return LeastSquaresSums(*added, voxel_freshness=freshest)
+    extremes = outliers.merge(a.voxel_extremes, b.voxel_extremes, _dim_x(a))
+    return LeastSquaresSums(*added, voxel_freshness=freshest, voxel_extremes=extremes)
+
+
+def _dim_x(a):
+    return a.voxel_extremes.shape[-1] - a.moment.shape[-1] - 1
 
 
 ROUNDING = 1e-9  # relative, of sums of many millions of points
@@ -168,6 +178,11 @@ def is_possible(
     :param largest: absolute value in model units that no observation exceeds.
     """
     more, count, gram = 1 + ROUNDING, a.count, _gram(config, a)
+    weight, dim_x = a.voxel_extremes[..., -1], _dim_x(a)
+    voxel = _voxel(config, a.voxel_extremes[..., :dim_x].flatten(1, 2)).view(weight.shape)
+    own_voxel = voxel == torch.arange(weight.shape[1], device=voxel.device).unsqueeze(1)
+    found = outliers.candidates(a.voxel_extremes, dim_x)
+    rest = _without(config, a, found, found.weight)
     seen, in_voxels = num_observations.to(count), a.voxel_count.sum(1)
     constant = gram[:, basis.CONSTANT, basis.CONSTANT]
     is_present = (a.voxel_freshness > 0) == (a.voxel_count > 0)
@@ -179,24 +194,37 @@ def is_possible(
         (a.voxel_count <= more * seen.unsqueeze(1) * a.voxel_freshness).all(1),
         (a.gram.abs() <= more * count.unsqueeze(1)).all(1),
         (a.sum_squares <= more * largest**2 * count.unsqueeze(1)).all(1),
+        ((weight >= 0) & (weight <= a.voxel_freshness.unsqueeze(-1))).flatten(1).all(1),
+        (found.y.abs() <= largest).flatten(1).all(1),
+        (own_voxel | (weight == 0)).flatten(1).all(1),
     ]
+    products = (_inner_products(config, part) for part in (a, rest))
+    for whole, left in zip(*products, strict=True):
+        least = (NEARLY_ZERO * count.unsqueeze(1)).clamp(min=torch.finfo(whole.dtype).tiny)
+        size = (whole.diagonal(dim1=-2, dim2=-1) + least).clamp(min=least).sqrt()
+        for inner in (whole, left):  # whatever is left out of it later
+            cosine = inner / size.unsqueeze(-1) / size.unsqueeze(-2)
+            cosine.diagonal(dim1=-2, dim2=-1).add_(ROUNDING + least / size.square())
+            holds.append(torch.linalg.cholesky_ex(cosine).info == 0)
+    return torch.stack(holds).all(0)
+
+
+def _inner_products(config, a):
+    """
+    Return those of functions and values among each other, (batch, n + 1, n + 1) for each output.
+    """
+    gram = _gram(config, a)
     for moment, square in zip(a.moment.unbind(-1), a.sum_squares.unbind(-1), strict=True):
         below = torch.cat([moment, square.unsqueeze(-1)], -1).unsqueeze(1)
-        inner = torch.cat([torch.cat([gram, moment.unsqueeze(-1)], -1), below], 1)
-        least = (NEARLY_ZERO * count.unsqueeze(1)).clamp(min=torch.finfo(inner.dtype).tiny)
-        inner.diagonal(dim1=-2, dim2=-1).add_(least)
-        size = inner.diagonal(dim1=-2, dim2=-1).clamp(min=least).sqrt()
-        cosine = inner / size.unsqueeze(-1) / size.unsqueeze(-2)
-        cosine.diagonal(dim1=-2, dim2=-1).add_(ROUNDING)
-        holds.append(torch.linalg.cholesky_ex(cosine).info == 0)
-    return torch.stack(holds).all(0)
+        yield torch.cat([torch.cat([gram, moment.unsqueeze(-1)], -1), below], 1)
 
 
 def forget(a: LeastSquaresSums, factor: float) -> LeastSquaresSums:
     """
     Weight every point folded so far by `factor` in (0, 1].
     """
-    return LeastSquaresSums(*(part * factor for part in a))
+    extremes = outliers.forget(a.voxel_extremes, factor)
+    return LeastSquaresSums(*(part * factor for part in a[:-1]), voxel_extremes=extremes)
 
 
 NUM_SUMMARIES, LOG_AMPLITUDE, SEEN = 9, 5, 8  # how many, and where two of them stand
@@ -204,6 +232,13 @@ CELLS_PER_AXIS = 5  # of a tile, each seen or not: a pass of a track fills about
 MATRICES_AT_ONCE = 40  # that are factorized together: they fit in caches
 FEW = (24, 40)  # points of a tile: their covariance is factorized, not all weights'
 FAR_MORE = 8.0  # times the median number of points in a voxel
+ENOUGH = 40  # points that count, for readings that are far off to be told from others
+ROUNDS = 3  # after a first one: each shows more readings that are far off
+PROMISING = 0.12  # share of the noise variance that they explain at first, at least
+UNEXPLAINED = 0.8  # of the noise variance, at most, where readings are left out
+REAL = 0.1  # chance that what is left out is real after all
+SETTLED = 1.1  # times the readings of the round before, at most, in the last
+RESOLVED = 0.1  # log length of a tile over the shortest, at least
 
 
 class Evidence(NamedTuple):
@@ -400,6 +435,16 @@ def posterior(
         the settings that are averaged), log(1 + effective count), log(effective count / count),
         and the share of the tile that was seen.
     """
+    found = _posterior(config, variances, a, scale, weight)
+    if config.outlier_share:
+        _leave_out(config, variances, a, scale, found)
+    return found
+
+
+def _posterior(config, variances, a, scale, weight):
+    """
+    Return the regression on all that was observed.
+    """
     gram, moment, sum_squares, count, center = _honest_sums(config, a)
     noise2_of = _noise2(config, gram)
     scale_of = variances.to(gram.device).sqrt().repeat_interleave(len(noise2_of), 0)
@@ -451,6 +496,108 @@ def posterior(
     return Regression(mean, quadratic, noise, summary, covariance)
 
 
+def _leave_out(config, variances, a, scale, found):
+    """
+    Solve tiles again without readings that are far off, where these explain the noise.
+
+    Few points cannot tell. Where the shortest length is not short enough, or what is left is about
+    as noisy, there is detail that a tile cannot resolve: its peaks are not blunders.
+
+    :param found: `Regression` on all that was observed, of which some tiles are changed.
+    """
+    tiles = (a.count * _honesty(config, a) > ENOUGH).nonzero()[:, 0]
+    if not len(tiles):
+        return
+    everything, now = _some_of(a, tiles), _some_of(found, tiles)
+    readings = outliers.candidates(everything.voxel_extremes, _dim_x(a))
+    chance, explained = _far_off(config, everything, readings, now, readings.weight)
+    some = (explained > PROMISING).any(1).nonzero()[:, 0]
+    if not len(some):
+        return
+    tiles, chance, scale = tiles[some], chance[some], scale[tiles[some]]
+    everything, readings = _some_of(everything, some), _some_of(readings, some)
+    noise = now.noise_variance[some]
+    own = _without(config, everything, readings, readings.weight * chance)
+    weight = _weight(config, variances, own, scale)
+    likely = torch.zeros_like(weight).scatter_(1, weight.argmax(1, keepdim=True), 1.0)
+    for _ in range(ROUNDS):
+        now, before = _posterior(config, variances, own, scale, likely), chance
+        chance, _ = _far_off(config, own, readings, now, readings.weight * (1 - before))
+        own = _without(config, everything, readings, readings.weight * chance)
+    weight = _weight(config, variances, own, scale)
+    now = _posterior(config, variances, own, scale, weight)
+    is_settled = (readings.weight * (chance - SETTLED * before)).sum(1) < 0
+    explains = (now.noise_variance < UNEXPLAINED * noise).any(1) & is_settled
+    whole = _posterior(config, variances, everything, scale, weight)
+    for all_tiles, part in zip(found, _mixed(config, now, whole), strict=True):
+        all_tiles[tiles[explains]] = part[explains]
+
+
+def _weight(config, variances, a, scale):
+    """
+    Return the weights of the settings by the evidence of each tile alone.
+    """
+    return log_evidence(config, evidence(config, variances, a), scale).softmax(1)
+
+
+def _mixed(config, a, b):
+    """
+    Return two moments of two regressions: what was left out in `a` may be real, as `b` takes it.
+    """
+
+    def mean_of(p, q):
+        return (1 - REAL) * p + REAL * q
+
+    apart = (REAL * (1 - REAL)) ** 0.5 * (a.mean - b.mean).mT
+    apart = apart.unsqueeze(3) * apart.unsqueeze(2)
+    quadratic = basis.quadratic(config, apart.flatten(0, 1)).unflatten(0, apart.shape[:2])
+    return a._replace(
+        mean=mean_of(a.mean, b.mean),
+        quadratic=mean_of(a.quadratic, b.quadratic) + quadratic,
+        noise_variance=mean_of(a.noise_variance, b.noise_variance),
+        covariance=mean_of(a.covariance, b.covariance) + apart,
+    )
+
+
+def _far_off(config, a, readings, regression, weight):
+    """
+    Return how likely readings (batch, n) are far off, and which share of the noise that explains.
+
+    :param weight: (batch, n) of the readings in the sums.
+    :return: (batch, n), and (batch, dim_y).
+    """
+    honesty, noise = _honesty(config, a), regression.noise_variance
+    mean, variance = predict(config, regression, readings.x)
+    weight, count = weight * honesty.unsqueeze(1), a.count * honesty
+    chance = outliers.probability(config, readings, mean, variance, noise, weight, count)
+    if len(config.lengths) > 1:
+        resolved = regression.summary[..., 0].amin(1) > log(min(config.lengths)) + RESOLVED
+        chance = chance * resolved.unsqueeze(1)
+    residual = (readings.y - mean).square() * (chance * weight).unsqueeze(-1)
+    return chance, residual.sum(1) / (noise * count.unsqueeze(1))
+
+
+def _without(config, a, readings, weight):
+    """
+    Return the sums less readings, as many of each as `weight` (batch, n) says.
+    """
+    gram, moment = basis.sums(config, readings.x, readings.y, weight)
+    squares = (readings.y.square() * weight.unsqueeze(-1)).sum(1)
+    return a._replace(
+        gram=a.gram - gram,
+        moment=a.moment - moment,
+        sum_squares=a.sum_squares - squares,
+        count=a.count - weight.sum(1),
+    )
+
+
+def _some_of(parts, tiles):
+    """
+    Return the same of some tiles.
+    """
+    return type(parts)(*(part[tiles] for part in parts))
+
+
 def _invert(gram, moment, scale, noise2):
     """
     Return covariances of the weights (batch, n, n), n functions, and means (batch, n, dim_y).
@@ -492,10 +639,8 @@ def solve(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums) ->
     """
     Solve the regression of each tile on its own: its own evidence, the default amplitude prior.
     """
-    found = evidence(config, variances, a)
     scale = default_scale(config, len(a.count), a.moment.shape[-1], a.moment.device)
-    weight = log_evidence(config, found, scale).softmax(1)
-    return posterior(config, variances, a, scale, weight)
+    return posterior(config, variances, a, scale, _weight(config, variances, a, scale))
 
 
 def _honest_sums(config, a):

@@ -371,7 +371,7 @@ class Tiles:
         for name, empty in self._empty.items():
             end = start + empty.nbytes
             flat = data[:, start:end].contiguous().view(empty.dtype)
-            tensors[name] = flat.view(-1, *empty.shape[1:]).to(empty.device)
+            tensors[name] = flat.view(len(contents), *empty.shape[1:]).to(empty.device)
             start = end
         return tensors
 

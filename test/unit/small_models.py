@@ -27,6 +27,7 @@ def field(dim_x=2, dim_y=1, **overrides):
         lengths=(0.4, 1.0),
         noise_ratios=(0.1, 0.3),
         voxels_per_axis=17,
+        outlier_share=0.05,
     )
     sizes = SIZES | {'dim_model': 12, 'num_heads': 3, 'least_squares': memory}
     return CMANPConfig.field(dim_x, dim_y, **(sizes | overrides))

@@ -976,10 +976,13 @@ def test_a_hundred_thousand_merged_points_equal_one_batch():
     parts = points.split(columns, -1)
     bare_merge = inspect.unwrap(least_squares.merge)  # without the checks of jaxtyping
     with torch.inference_mode():
-        state = least_squares.LeastSquaresSums(*(torch.zeros(n).double() for n in columns))
-        for point in map(least_squares.LeastSquaresSums, *(part.unbind() for part in parts)):
-            state = bare_merge(state, point)
-    for found, part in zip(state[:-1], parts[:-1], strict=True):
+        none = torch.zeros(1, 0, 3).double()  # extremes
+        state = least_squares.LeastSquaresSums(
+            *(torch.zeros(n).double() for n in columns), voxel_extremes=none
+        )
+        for point in zip(*(part.unbind() for part in parts), strict=True):
+            state = bare_merge(state, least_squares.LeastSquaresSums(*point, none))
+    for found, part in zip(state[:-2], parts[:-1], strict=True):
         torch.testing.assert_close(found, part.sum(0), rtol=1e-12, atol=1e-9)
     assert torch.equal(state.voxel_freshness, parts[-1].amax(0))
 
@@ -1028,8 +1031,9 @@ def is_possible(config, a, num):
 @pytest.mark.parametrize('relief', [0.0, 1e-6, 1.0])
 @pytest.mark.parametrize('dim_x', [1, 2, 3])
 @pytest.mark.parametrize('num', [0, 1, 5, 4000])
-def test_sums_of_any_points_are_possible(dim_x, num, offset, relief):
-    config = config_of(dim_x)
+@pytest.mark.parametrize('options', [{}, {'outlier_share': 0.05, 'voxels_per_axis': 9}])
+def test_sums_of_any_points_are_possible(options, dim_x, num, offset, relief):
+    config = config_of(dim_x, **options)
     x, y, _ = data(dim_x, num)
     x = (x * torch.tensor([1.0, 0.01, 0.0])[:, None, None]).contiguous()  # spread, near, parked
     a = least_squares.sums(config, x, offset + relief * y)

@@ -61,7 +61,8 @@ def test_nbytes_is_the_size_of_the_tensors(model, batch):
     if config.least_squares is not None:
         m = config.least_squares.functions_per_axis
         products, functions = (2 * m - 1) ** 2 + 2 * m**2 + 3, m**2 + 2
-        expected += 8 * (products + functions * 3 + 3 + 1 + 2 * 17**2)
+        extremes = 6 * (2 + 3 + 1)  # highest and lowest of three outputs: x, y, weight
+        expected += 8 * (products + functions * 3 + 3 + 1 + (2 + extremes) * 17**2)
     assert state.nbytes == batch * expected
     assert state.batch == batch
 

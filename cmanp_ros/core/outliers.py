@@ -1,0 +1,164 @@
+"""
+Readings that are far off: which they are, so that regressions of tiles can leave them out.
+
+Sums alone cannot tell a blunder from noise. So beside them the highest and the lowest observation
+of each voxel are kept as they are: blunders are among these. Which of them are far off is decided
+anew each time a tile is solved, from all that is known then. Nothing is thrown away, so order and
+batches do not matter.
+"""
+
+from math import log
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import StudentT
+
+from cmanp_ros.core.config import LeastSquaresConfig
+
+WIDER = 10.0  # noise of readings that are far off, in units of that of others
+LIKELY = 0.1  # to be far off; less is not
+
+
+class Candidates(NamedTuple):
+    """Observations that may be far off; float64."""
+
+    x: Tensor
+    """(batch, n, dim_x) in model units."""
+    y: Tensor
+    """(batch, n, dim_y)."""
+    weight: Tensor
+    """(batch, n): less what was forgotten; 0 where there is none."""
+
+
+def num_slots(config: LeastSquaresConfig, dim_y: int) -> int:
+    """
+    Return how many observations of each voxel are kept: highest and lowest of each output.
+    """
+    return 2 * dim_y if config.outlier_share else 0
+
+
+def empty(config: LeastSquaresConfig, dim_x: int, dim_y: int, batch: int, device=None) -> Tensor:
+    """
+    Return the extremes of no points, see `extremes`.
+    """
+    shape = batch, config.voxels_per_axis**dim_x, num_slots(config, dim_y), dim_x + dim_y + 1
+    return torch.zeros(shape, dtype=torch.float64, device=device)
+
+
+def extremes(
+    config: LeastSquaresConfig, x: Tensor, y: Tensor, voxel: Tensor, present: Tensor
+) -> Tensor:
+    """
+    Find the highest and the lowest observation of each voxel; of equal ones the last in x, then y.
+
+    :param x: (batch, n, dim_x) in model units.
+    :param y: (batch, n, dim_y).
+    :param voxel: (batch, n), which.
+    :param present: (batch, n): 1, or 0 where there is no point.
+    :return: (batch, num_voxels, slots, dim_x + dim_y + 1) float64: x, y, weight.
+    """
+    batch, n, dim_x = x.shape
+    found = empty(config, dim_x, y.shape[-1], batch, x.device)
+    if not n or not found.shape[2]:
+        return found
+    there, num_voxels = present > 0, found.shape[1]
+    rows = torch.cat([x.double(), y, present.unsqueeze(-1)], -1)[there]
+    place = (torch.arange(batch, device=x.device).unsqueeze(1) * num_voxels + voxel)[there]
+    found = found.flatten(0, 1)
+    for slot, score in enumerate(_scores(rows, dim_x).unbind(-1)):
+        best = _largest(place, score, len(found))
+        for column in rows[:, :-1].unbind(-1):
+            if len(best) <= 1 or int(place[best].bincount().max()) == 1:
+                break
+            best = best[_largest(place[best], column[best], len(found))]
+        found[place[best], slot] = rows[best]
+    return found.unflatten(0, (batch, num_voxels))
+
+
+def _scores(rows, dim_x):
+    """
+    Return by what observations (..., columns) are compared in each slot, (..., slots).
+    """
+    y = rows[..., dim_x:-1]
+    return torch.stack([y, -y], -1).flatten(-2)
+
+
+def _largest(place, score, size):
+    """
+    Return the numbers of the points of the largest score in their place; of equal ones all.
+    """
+    best = score.new_full((size,), -torch.inf).scatter_reduce(0, place, score, 'amax')
+    return (score == best[place]).nonzero()[:, 0]
+
+
+def merge(a: Tensor, b: Tensor, dim_x: int) -> Tensor:
+    """
+    Return the extremes of both sets of points.
+    """
+    if not a.shape[2]:
+        return a
+    is_b = b[..., -1] > 0
+    equal = is_b & (a[..., -1] > 0)
+    scores = (_scores(part, dim_x).diagonal(dim1=-2, dim2=-1) for part in (a, b))
+    for p, q in (tuple(scores), *zip(a.unbind(-1), b.unbind(-1), strict=True)):
+        is_b, equal = is_b & ~(equal & (p > q)), equal & (p == q)
+    return torch.where(is_b.unsqueeze(-1), b, a)
+
+
+def forget(a: Tensor, factor: float) -> Tensor:
+    """
+    Weight the observations by `factor`.
+    """
+    return torch.cat([a[..., :-1], a[..., -1:] * factor], -1)
+
+
+def candidates(extremes: Tensor, dim_x: int) -> Candidates:
+    """
+    Return the extremes of each tile, each observation once.
+    """
+    weight = extremes[..., -1].clone()
+    for slot in range(1, weight.shape[2]):
+        known = extremes[:, :, slot, None] == extremes[:, :, :slot]
+        weight[:, :, slot].masked_fill_(known.all(-1).any(-1), 0.0)
+    weight, rows = weight.flatten(1), extremes.flatten(1, 2)
+    most = int((weight > 0).sum(1).amax()) if len(weight) else 0
+    order = (weight > 0).byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+    rows = rows.gather(1, order.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+    return Candidates(rows[..., :dim_x], rows[..., dim_x:-1], weight.gather(1, order))
+
+
+def probability(
+    config: LeastSquaresConfig,
+    found: Candidates,
+    mean: Tensor,
+    variance: Tensor,
+    noise_variance: Tensor,
+    weight: Tensor,
+    count: Tensor,
+) -> Tensor:
+    """
+    Return how likely each candidate is far off, (batch, n), from a regression on all others.
+
+    Residuals of leaving one out follow from those of the regression (Cook and Weisberg 1982, 2.2);
+    over their spread they have a Student-t distribution, wider for a share of all readings.
+
+    :param mean: (batch, n, dim_y) of the regression at the candidates, and `variance`.
+    :param noise_variance: (batch, dim_y).
+    :param weight: (batch, n) of the candidates in the regression.
+    :param count: (batch,) of the points that count in it.
+    """
+    there, noise = found.weight > 0, noise_variance.unsqueeze(1)
+    leverage = (weight.unsqueeze(-1) * variance / noise).clamp(max=1 - 1e-6)
+    residual, spread = (found.y - mean) / (1 - leverage), noise + variance / (1 - leverage)
+    free = torch.where(there.unsqueeze(-1), 1 - leverage, 0.0).sum(1, keepdim=True)
+    free = free * (count / there.sum(1).clamp(min=1))[:, None, None]
+    freedom = 2 * config.amplitude_shape + free
+    square = residual.square() / spread
+    z = (square * (freedom - 1) / (freedom - square).clamp(min=1)).sqrt()  # not in its own spread
+    wider = (1 + (WIDER**2 - 1) * noise / spread).sqrt()
+    student = StudentT(freedom - 1, validate_args=False)
+    ratio = student.log_prob(z / wider) - wider.log() - student.log_prob(z)
+    share = config.outlier_share
+    chance = torch.sigmoid(log(share / (1 - share)) + ratio.sum(-1))
+    return torch.where(there & (chance > LIKELY), chance, 0.0)
