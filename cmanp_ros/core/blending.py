@@ -63,8 +63,8 @@ def blend(cover: Cover, answers: Decoded, num_targets, num_levels) -> Mixture:
     step would be seen. Where the coarsest tiles around a target are missing the prior comes in,
     slowly.
 
-    Both give finer tiles a head start, the mean a larger one (`Decoded`); the stddev is about that
-    mean, and has the disagreement of the tiles.
+    The mean is mixed with weights that give finer tiles a head start, `Decoded.head_start`; the
+    stddev is about that mean, and has the disagreement of the tiles by their plain weights.
     """
     index = cover.index
     shape = (num_targets, answers.mean.shape[-1])
@@ -90,7 +90,7 @@ def blend(cover: Cover, answers: Decoded, num_targets, num_levels) -> Mixture:
         return weight * (covered / total / sum_over_tiles(weight))[index]
 
     ahead = shares(weight * answers.head_start.exp())
-    weight, prior = shares(weight * answers.stddev_head_start.exp()), prior / total
+    weight, prior = shares(weight), prior / total
     mean = sum_over_tiles(ahead * answers.mean)
     spread = answers.stddev.square() + (answers.mean - mean[index]).square()
     variance = sum_over_tiles(weight * spread) + prior * (1 + mean.square())

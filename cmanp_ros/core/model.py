@@ -67,8 +67,6 @@ class Decoded(NamedTuple):
     """Log weight of the answer against those of other tiles; 0 without a regression."""
     head_start: Tensor
     """Log of what this weight is multiplied by to mix means; 0 without a regression."""
-    stddev_head_start: Tensor
-    """The same to mix stddevs."""
 
 
 class CMANP(nn.Module):
@@ -333,16 +331,14 @@ class CMANP(nn.Module):
             limit = torch.where(second < 0, -log(LEAST_STDDEV), 2.5)
             correction = _bounded(second, limit).exp()
             log_weight = _bounded(third, 6.0) - 2 * stddev.log()  # untrained: by precision
-            head_start = (
-                part.expand_as(mean) for part in _head_start(prior, self.config.num_levels)
-            )
-            answer = Decoded(mean, stddev * correction, correction, log_weight, *head_start)
+            head_start = _head_start(prior, self.config.num_levels).expand_as(mean)
+            answer = Decoded(mean, stddev * correction, correction, log_weight, head_start)
             return _mixed_with(answer, stddev, *own) if own else answer
         first, second = output.chunk(2, -1)
         bounded = self.config.bounded_stddev
         stddev = 0.05 + 0.95 * nn.functional.softplus(second) if bounded else second.exp()
         none = torch.zeros_like(first)
-        return Decoded(first, stddev, none.exp(), none, none, none)
+        return Decoded(first, stddev, none.exp(), none, none)
 
     def decode_block(self, projected: list[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -431,26 +427,21 @@ LEAST_STDDEV = 0.5  # of the regression's: a reading far off must not be a catas
 OWN_LOG_ODDS = -2.0  # of an untrained decoder's own answer where both are as precise
 SEEN_WELL = 0.5  # share of a tile: more than one pass of a track, less than scattered readings
 STEEP = 1.6  # amplitude over that of the coarsest tiles above
-SEEN_ALL_OVER = 0.75  # share of a tile from which on coarser tiles count less for its stddev, too
-OF_STDDEV = 0.4  # of the head start of means
 
 
 def _head_start(prior, num_levels):
     """
-    Return log factors of the weights of finer tiles that were seen well: of means, of stddevs.
+    Return log factors of the weights of finer tiles that were seen well, for mixing means.
 
     A coarse tile takes its noise to be the same all over, so where the field is rough it claims
     less error than it has. Not so a tile that was seen along a track only, or in which passes
-    disagree or a blunder looks like a cliff: it extrapolates wildly. Where levels disagree there
-    is detail that all of them may miss, so stddevs keep more of the coarse ones.
+    disagree or a blunder looks like a cliff: it extrapolates wildly.
     """
     num_coarser = (1 - prior.context[..., 0]) / 2 * (num_levels - 1)
-    seen = prior.summary[..., least_squares.SEEN]
+    is_seen = torch.sigmoid(20 * (prior.summary[..., least_squares.SEEN] - SEEN_WELL))
     log_amplitude = prior.summary[..., least_squares.LOG_AMPLITUDE]
     is_calm = torch.sigmoid(10 * (log(STEEP) - log_amplitude))
-    most = num_coarser.square() * is_calm
-    of_mean = most * torch.sigmoid(20 * (seen - SEEN_WELL))
-    return of_mean, OF_STDDEV * most * torch.sigmoid(40 * (seen - SEEN_ALL_OVER))
+    return num_coarser.square() * is_seen * is_calm
 
 
 def _mixed_with(answer, stddev, mean, log_stddev, log_odds):

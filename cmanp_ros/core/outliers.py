@@ -96,14 +96,17 @@ def merge(a: Tensor, b: Tensor, dim_x: int) -> Tensor:
     """
     Return the extremes of both sets of points.
     """
-    if not a.shape[2]:
-        return a
-    is_b = b[..., -1] > 0
-    equal = is_b & (a[..., -1] > 0)
-    scores = (_scores(part, dim_x).diagonal(dim1=-2, dim2=-1) for part in (a, b))
-    for p, q in (tuple(scores), *zip(a.unbind(-1), b.unbind(-1), strict=True)):
-        is_b, equal = is_b & ~(equal & (p > q)), equal & (p == q)
-    return torch.where(is_b.unsqueeze(-1), b, a)
+    there = b[..., -1] > 0
+    slot, p, q = there.nonzero()[:, 2:], a[there], b[there]
+    ranks = (torch.cat([_scores(part, dim_x).gather(1, slot), part], 1) for part in (p, q))
+    is_equal = p[:, -1] > 0
+    is_better = ~is_equal
+    for one, other in zip(*(rank.unbind(1) for rank in ranks), strict=True):
+        is_better = is_better | is_equal & (other > one)
+        is_equal = is_equal & (other == one)
+    found = a.clone()
+    found[there] = torch.where(is_better.unsqueeze(1), q, p)
+    return found
 
 
 def forget(a: Tensor, factor: float) -> Tensor:

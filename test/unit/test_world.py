@@ -549,9 +549,7 @@ def test_a_prediction_is_the_mixture_of_what_the_tiles_answer():
         ahead = weight * np.exp(answers.head_start[own, output].numpy())
         means = answers.mean[own, output].numpy()
         expected = ahead @ means / ahead.sum()
-        weight = weight * np.exp(answers.stddev_head_start[own, output].numpy())
-        spread = answers.stddev[own, output].numpy() ** 2 + (means - expected) ** 2
-        variance = weight @ spread / weight.sum()
+        variance = weight @ (answers.stddev[own, output].numpy() ** 2 + (means - expected) ** 2)
         assert float(mean[i, output]) == pytest.approx(expected, rel=1e-9, abs=1e-9)
         assert float(stddev[i, output]) == pytest.approx(variance**0.5, rel=1e-9)
 
