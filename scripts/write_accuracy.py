@@ -107,7 +107,7 @@ to 1, noise 0.02 to 0.2, half of them seen along a track. `gap` is how far the l
 below that of the exact GP which is told the kernel, on the same fields; the Bayes ceiling
 averages over a grid of hyperparameters. `one tile, least squares` has 16 functions per axis and a
 grid that suits this prior, tuned on other seeds, untrained; `field` is the shipped model, which
-knows no prior, before tiles left out readings that are far off, of which there are none here.
+knows no prior.
 
 {prior}
 
