@@ -43,7 +43,7 @@ class LeastSquaresConfig:
     averaged_weight: float = 0.97
     """Where so much of the weight of all settings is averaged, the others are left out."""
     outlier_share: float = 0.0
-    """Share of readings that are taken to be far off, see `outliers`; 0: none of them is kept."""
+    """Share of readings that are taken to be far off, see `outliers`; 0: none are looked for."""
     noise_stddev: float | None = None
     """Where the noise of observations is known [model units]: the amplitude then follows from each
     noise ratio and is not integrated out."""

@@ -158,6 +158,9 @@ def merge(a: LeastSquaresSums, b: LeastSquaresSums) -> LeastSquaresSums:
 
 
 def _dim_x(a):
+    """
+    Return the number of coordinates of the points.
+    """
     return a.voxel_extremes.shape[-1] - a.moment.shape[-1] - 1
 
 
@@ -505,16 +508,19 @@ def _leave_out(config, variances, a, scale, found):
 
     :param found: `Regression` on all that was observed, of which some tiles are changed.
     """
-    tiles = (a.count * _honesty(config, a) > ENOUGH).nonzero()[:, 0]
+    honesty = _honesty(config, a)  # as the voxels, it stays what it is
+    may_tell = (a.count * honesty > ENOUGH) & _is_resolved(config, found)
+    tiles = may_tell.nonzero()[:, 0]
     if not len(tiles):
         return
-    everything, now = _some_of(a, tiles), _some_of(found, tiles)
+    everything, now, honesty = _some_of(a, tiles), _some_of(found, tiles), honesty[tiles]
     readings = outliers.candidates(everything.voxel_extremes, _dim_x(a))
-    chance, explained = _far_off(config, everything, readings, now, readings.weight)
+    chance, explained = _far_off(config, everything, honesty, readings, now, readings.weight)
     some = (explained > PROMISING).any(1).nonzero()[:, 0]
     if not len(some):
         return
-    tiles, chance, scale = tiles[some], chance[some], scale[tiles[some]]
+    tiles, chance, honesty = tiles[some], chance[some], honesty[some]
+    scale = scale[tiles]
     everything, readings = _some_of(everything, some), _some_of(readings, some)
     noise = now.noise_variance[some]
     own = _without(config, everything, readings, readings.weight * chance)
@@ -522,7 +528,8 @@ def _leave_out(config, variances, a, scale, found):
     likely = torch.zeros_like(weight).scatter_(1, weight.argmax(1, keepdim=True), 1.0)
     for _ in range(ROUNDS):
         now, before = _posterior(config, variances, own, scale, likely), chance
-        chance, _ = _far_off(config, own, readings, now, readings.weight * (1 - before))
+        left = readings.weight * (1 - before)
+        chance, _ = _far_off(config, own, honesty, readings, now, left)
         own = _without(config, everything, readings, readings.weight * chance)
     weight = _weight(config, variances, own, scale)
     now = _posterior(config, variances, own, scale, weight)
@@ -548,31 +555,39 @@ def _mixed(config, a, b):
     def mean_of(p, q):
         return (1 - REAL) * p + REAL * q
 
-    apart = (REAL * (1 - REAL)) ** 0.5 * (a.mean - b.mean).mT
-    apart = apart.unsqueeze(3) * apart.unsqueeze(2)
-    quadratic = basis.quadratic(config, apart.flatten(0, 1)).unflatten(0, apart.shape[:2])
+    apart = (a.mean - b.mean).mT
+    apart = REAL * (1 - REAL) * apart.unsqueeze(3) * apart.unsqueeze(2)
+    covariance = mean_of(a.covariance, b.covariance) + apart
     return a._replace(
         mean=mean_of(a.mean, b.mean),
-        quadratic=mean_of(a.quadratic, b.quadratic) + quadratic,
+        quadratic=basis.quadratic(config, covariance.flatten(0, 1)).view_as(a.quadratic),
         noise_variance=mean_of(a.noise_variance, b.noise_variance),
-        covariance=mean_of(a.covariance, b.covariance) + apart,
+        covariance=covariance,
     )
 
 
-def _far_off(config, a, readings, regression, weight):
+def _is_resolved(config, regression):
+    """
+    Return which tiles, (batch,) bool, would not take a shorter length if there were one.
+    """
+    if len(config.lengths) == 1:
+        return torch.ones_like(regression.summary[:, 0, 0], dtype=torch.bool)
+    return regression.summary[..., 0].amin(1) > log(min(config.lengths)) + RESOLVED
+
+
+def _far_off(config, a, honesty, readings, regression, weight):
     """
     Return how likely readings (batch, n) are far off, and which share of the noise that explains.
 
+    :param honesty: (batch,), see `_honesty`.
     :param weight: (batch, n) of the readings in the sums.
     :return: (batch, n), and (batch, dim_y).
     """
-    honesty, noise = _honesty(config, a), regression.noise_variance
+    noise = regression.noise_variance
     mean, variance = predict(config, regression, readings.x)
     weight, count = weight * honesty.unsqueeze(1), a.count * honesty
     chance = outliers.probability(config, readings, mean, variance, noise, weight, count)
-    if len(config.lengths) > 1:
-        resolved = regression.summary[..., 0].amin(1) > log(min(config.lengths)) + RESOLVED
-        chance = chance * resolved.unsqueeze(1)
+    chance = chance * _is_resolved(config, regression).unsqueeze(1)
     residual = (readings.y - mean).square() * (chance * weight).unsqueeze(-1)
     return chance, residual.sum(1) / (noise * count.unsqueeze(1))
 
@@ -670,7 +685,7 @@ def _gram(config, a):
     """
     Return sum phi phi^T, (batch, num_functions, num_functions).
     """
-    return basis.gram(config, basis.dim_of(config, a.moment.shape[1]), a.gram)
+    return basis.gram(config, _dim_x(a), a.gram)
 
 
 def _honesty(config, a):
@@ -692,7 +707,7 @@ def _seen(config, a):
     """
     Return the share of the tile that was seen, (batch,): of cells, each as fresh as its voxels.
     """
-    m, dim_x = config.voxels_per_axis, basis.dim_of(config, a.moment.shape[1])
+    m, dim_x = config.voxels_per_axis, _dim_x(a)
     cells = min(m, CELLS_PER_AXIS)
     middle = torch.arange(m, device=a.count.device) + 0.5
     along = (middle * cells / m).long()

@@ -24,8 +24,8 @@ def config_of(dim_x=2, **overrides):
     return LeastSquaresConfig(functions_per_axis=4, **(options | overrides))
 
 
-def default_config(**overrides):
-    return dataclasses.replace(CMANPConfig.field(2, 1).least_squares, **overrides)
+def default_config():
+    return CMANPConfig.field(2, 1).least_squares
 
 
 def observations(dim_x=2, dim_y=1, n=200, batch=2, seed=0):
