@@ -37,7 +37,7 @@ class LeastSquaresConfig:
     voxels_per_axis: int = 15
     """Resolution of the map of where points lay, over [-2, 2]: about that of the basis."""
     points_per_voxel: float = 2.0
-    """Points of a voxel that count in full; see `least_squares.solve`."""
+    """Points of a voxel that count in full; see `least_squares.honesty`."""
     num_averaged: int = 8
     """Settings of the grid, those of most evidence, that a prediction averages at most."""
     averaged_weight: float = 0.97

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmanp_ros.core import basis, outliers
+from cmanp_ros.core import basis, extremes
 from cmanp_ros.core.config import LeastSquaresConfig
 from cmanp_ros.core.lattice import HALF_WIDTH
 from cmanp_ros.core.linalg import OVERSAMPLING, bordered, cholesky, eliminate, low_rank
@@ -37,7 +37,7 @@ class LeastSquaresSums(NamedTuple):
     voxel_freshness: Tensor
     """(batch, num_voxels): weight of the newest point of each voxel; 1 if none was forgotten."""
     voxel_extremes: Tensor
-    """(batch, num_voxels, slots, dim_x + dim_y + 1): see `outliers.extremes`."""
+    """(batch, num_voxels, slots, dim_x + dim_y + 1): see `extremes.find`."""
 
 
 class Regression(NamedTuple):
@@ -115,7 +115,7 @@ def sums(
         count=present.sum(1),
         voxel_count=voxels,
         voxel_freshness=(voxels > 0).to(y.dtype),
-        voxel_extremes=outliers.extremes(config, x, y, voxel, present),
+        voxel_extremes=extremes.find(config, x, y, voxel, present),
     )
 
 
@@ -143,7 +143,7 @@ def empty(config: LeastSquaresConfig, dim_x: int, dim_y: int, batch: int, device
         count=torch.zeros(batch, **kwargs),
         voxel_count=torch.zeros(batch, config.voxels_per_axis**dim_x, **kwargs),
         voxel_freshness=torch.zeros(batch, config.voxels_per_axis**dim_x, **kwargs),
-        voxel_extremes=outliers.empty(config, dim_x, dim_y, batch, device),
+        voxel_extremes=extremes.empty(config, dim_x, dim_y, batch, device),
     )
 
 
@@ -153,11 +153,11 @@ def merge(a: LeastSquaresSums, b: LeastSquaresSums) -> LeastSquaresSums:
     """
     added = (p + q for p, q in zip(a[:-2], b[:-2], strict=True))
     freshest = torch.maximum(a.voxel_freshness, b.voxel_freshness)
-    extremes = outliers.merge(a.voxel_extremes, b.voxel_extremes, _dim_x(a))
-    return LeastSquaresSums(*added, voxel_freshness=freshest, voxel_extremes=extremes)
+    kept = extremes.merge(a.voxel_extremes, b.voxel_extremes, dim_x_of(a))
+    return LeastSquaresSums(*added, voxel_freshness=freshest, voxel_extremes=kept)
 
 
-def _dim_x(a):
+def dim_x_of(a: LeastSquaresSums) -> int:
     """
     Return the number of coordinates of the points.
     """
@@ -181,11 +181,11 @@ def is_possible(
     :param largest: absolute value in model units that no observation exceeds.
     """
     more, count, gram = 1 + ROUNDING, a.count, _gram(config, a)
-    weight, dim_x = a.voxel_extremes[..., -1], _dim_x(a)
+    weight, dim_x = a.voxel_extremes[..., -1], dim_x_of(a)
     voxel = _voxel(config, a.voxel_extremes[..., :dim_x].flatten(1, 2)).view(weight.shape)
     own_voxel = voxel == torch.arange(weight.shape[1], device=voxel.device).unsqueeze(1)
-    found = outliers.candidates(a.voxel_extremes, dim_x)
-    rest = _without(config, a, found, found.weight)
+    found = extremes.candidates(a.voxel_extremes, dim_x)
+    rest = without(config, a, found, found.weight)
     seen, in_voxels = num_observations.to(count), a.voxel_count.sum(1)
     constant = gram[:, basis.CONSTANT, basis.CONSTANT]
     is_present = (a.voxel_freshness > 0) == (a.voxel_count > 0)
@@ -226,8 +226,8 @@ def forget(a: LeastSquaresSums, factor: float) -> LeastSquaresSums:
     """
     Weight every point folded so far by `factor` in (0, 1].
     """
-    extremes = outliers.forget(a.voxel_extremes, factor)
-    return LeastSquaresSums(*(part * factor for part in a[:-1]), voxel_extremes=extremes)
+    kept = extremes.forget(a.voxel_extremes, factor)
+    return LeastSquaresSums(*(part * factor for part in a[:-1]), voxel_extremes=kept)
 
 
 NUM_SUMMARIES, LOG_AMPLITUDE, SEEN = 9, 5, 8  # how many, and where two of them stand
@@ -235,13 +235,6 @@ CELLS_PER_AXIS = 5  # of a tile, each seen or not: a pass of a track fills about
 MATRICES_AT_ONCE = 40  # that are factorized together: they fit in caches
 FEW = (24, 40)  # points of a tile: their covariance is factorized, not all weights'
 FAR_MORE = 8.0  # times the median number of points in a voxel
-ENOUGH = 40  # points that count, for readings that are far off to be told from others
-ROUNDS = 3  # after a first one: each shows more readings that are far off
-PROMISING = 0.12  # share of the noise variance that they explain at first, at least
-UNEXPLAINED = 0.8  # of the noise variance, at most, where readings are left out
-REAL = 0.1  # chance that what is left out is real after all
-SETTLED = 1.1  # times the readings of the round before, at most, in the last
-RESOLVED = 0.1  # log length of a tile over the shortest, at least
 
 
 class Evidence(NamedTuple):
@@ -269,7 +262,7 @@ def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums)
     Solve the regression for every setting; the amplitude is left open.
 
     Conjugate normal-inverse-gamma model (Bishop 2006, 3.3): w ~ N(0, a^2 S),
-    y ~ N(phi w, a^2 r^2), a^2 ~ InvGamma(shape, scale). The sums are scaled by `_honesty` before.
+    y ~ N(phi w, a^2 r^2), a^2 ~ InvGamma(shape, scale). The sums are scaled by `honesty` before.
 
     :param variances: (num_kernels, num_functions) of `prior_variances`.
     """
@@ -438,16 +431,6 @@ def posterior(
         the settings that are averaged), log(1 + effective count), log(effective count / count),
         and the share of the tile that was seen.
     """
-    found = _posterior(config, variances, a, scale, weight)
-    if config.outlier_share:
-        _leave_out(config, variances, a, scale, found)
-    return found
-
-
-def _posterior(config, variances, a, scale, weight):
-    """
-    Return the regression on all that was observed.
-    """
     gram, moment, sum_squares, count, center = _honest_sums(config, a)
     noise2_of = _noise2(config, gram)
     scale_of = variances.to(gram.device).sqrt().repeat_interleave(len(noise2_of), 0)
@@ -484,7 +467,7 @@ def _posterior(config, variances, a, scale, weight):
     grid = _grid(config).to(gram.device)  # (settings, 3)
     moments = torch.einsum('bso,sp->bop', weight, torch.cat([grid, grid.square()], -1))
     center, square = moments.chunk(2, -1)
-    known = torch.stack([torch.log1p(count), _honesty(config, a).log(), _seen(config, a)], -1)
+    known = torch.stack([torch.log1p(count), honesty(config, a).log(), _seen(config, a)], -1)
     relative = amplitude2 * (config.amplitude_shape - 1) / scale
     summary = torch.cat(
         [
@@ -499,102 +482,24 @@ def _posterior(config, variances, a, scale, weight):
     return Regression(mean, quadratic, noise, summary, covariance)
 
 
-def _leave_out(config, variances, a, scale, found):
+def weights(
+    config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums, scale: Tensor
+) -> Tensor:
     """
-    Solve tiles again without readings that are far off, where these explain the noise.
+    Return the weights of the settings (batch, settings, dim_y) by each tile's own evidence.
 
-    Few points cannot tell. Where the shortest length is not short enough, or what is left is about
-    as noisy, there is detail that a tile cannot resolve: its peaks are not blunders.
-
-    :param found: `Regression` on all that was observed, of which some tiles are changed.
-    """
-    honesty = _honesty(config, a)  # as the voxels, it stays what it is
-    may_tell = (a.count * honesty > ENOUGH) & _is_resolved(config, found)
-    tiles = may_tell.nonzero()[:, 0]
-    if not len(tiles):
-        return
-    everything, now, honesty = _some_of(a, tiles), _some_of(found, tiles), honesty[tiles]
-    readings = outliers.candidates(everything.voxel_extremes, _dim_x(a))
-    chance, explained = _far_off(config, everything, honesty, readings, now, readings.weight)
-    some = (explained > PROMISING).any(1).nonzero()[:, 0]
-    if not len(some):
-        return
-    tiles, chance, honesty = tiles[some], chance[some], honesty[some]
-    scale = scale[tiles]
-    everything, readings = _some_of(everything, some), _some_of(readings, some)
-    noise = now.noise_variance[some]
-    own = _without(config, everything, readings, readings.weight * chance)
-    weight = _weight(config, variances, own, scale)
-    likely = torch.zeros_like(weight).scatter_(1, weight.argmax(1, keepdim=True), 1.0)
-    for _ in range(ROUNDS):
-        now, before = _posterior(config, variances, own, scale, likely), chance
-        left = readings.weight * (1 - before)
-        chance, _ = _far_off(config, own, honesty, readings, now, left)
-        own = _without(config, everything, readings, readings.weight * chance)
-    weight = _weight(config, variances, own, scale)
-    now = _posterior(config, variances, own, scale, weight)
-    is_settled = (readings.weight * (chance - SETTLED * before)).sum(1) < 0
-    explains = (now.noise_variance < UNEXPLAINED * noise).any(1) & is_settled
-    whole = _posterior(config, variances, everything, scale, weight)
-    for all_tiles, part in zip(found, _mixed(config, now, whole), strict=True):
-        all_tiles[tiles[explains]] = part[explains]
-
-
-def _weight(config, variances, a, scale):
-    """
-    Return the weights of the settings by the evidence of each tile alone.
+    :param scale: (batch, dim_y) of the amplitude's inverse-gamma prior.
     """
     return log_evidence(config, evidence(config, variances, a), scale).softmax(1)
 
 
-def _mixed(config, a, b):
+def without(
+    config: LeastSquaresConfig, a: LeastSquaresSums, readings: extremes.Candidates, weight: Tensor
+) -> LeastSquaresSums:
     """
-    Return two moments of two regressions: what was left out in `a` may be real, as `b` takes it.
-    """
+    Return the sums less readings that they hold; voxels stay as they are.
 
-    def mean_of(p, q):
-        return (1 - REAL) * p + REAL * q
-
-    apart = (a.mean - b.mean).mT
-    apart = REAL * (1 - REAL) * apart.unsqueeze(3) * apart.unsqueeze(2)
-    covariance = mean_of(a.covariance, b.covariance) + apart
-    return a._replace(
-        mean=mean_of(a.mean, b.mean),
-        quadratic=basis.quadratic(config, covariance.flatten(0, 1)).view_as(a.quadratic),
-        noise_variance=mean_of(a.noise_variance, b.noise_variance),
-        covariance=covariance,
-    )
-
-
-def _is_resolved(config, regression):
-    """
-    Return which tiles, (batch,) bool, would not take a shorter length if there were one.
-    """
-    if len(config.lengths) == 1:
-        return torch.ones_like(regression.summary[:, 0, 0], dtype=torch.bool)
-    return regression.summary[..., 0].amin(1) > log(min(config.lengths)) + RESOLVED
-
-
-def _far_off(config, a, honesty, readings, regression, weight):
-    """
-    Return how likely readings (batch, n) are far off, and which share of the noise that explains.
-
-    :param honesty: (batch,), see `_honesty`.
-    :param weight: (batch, n) of the readings in the sums.
-    :return: (batch, n), and (batch, dim_y).
-    """
-    noise = regression.noise_variance
-    mean, variance = predict(config, regression, readings.x)
-    weight, count = weight * honesty.unsqueeze(1), a.count * honesty
-    chance = outliers.probability(config, readings, mean, variance, noise, weight, count)
-    chance = chance * _is_resolved(config, regression).unsqueeze(1)
-    residual = (readings.y - mean).square() * (chance * weight).unsqueeze(-1)
-    return chance, residual.sum(1) / (noise * count.unsqueeze(1))
-
-
-def _without(config, a, readings, weight):
-    """
-    Return the sums less readings, as many of each as `weight` (batch, n) says.
+    :param weight: (batch, n), how much of each reading.
     """
     gram, moment = basis.sums(config, readings.x, readings.y, weight)
     squares = (readings.y.square() * weight.unsqueeze(-1)).sum(1)
@@ -604,13 +509,6 @@ def _without(config, a, readings, weight):
         sum_squares=a.sum_squares - squares,
         count=a.count - weight.sum(1),
     )
-
-
-def _some_of(parts, tiles):
-    """
-    Return the same of some tiles.
-    """
-    return type(parts)(*(part[tiles] for part in parts))
 
 
 def _invert(gram, moment, scale, noise2):
@@ -650,14 +548,6 @@ def averaged(config: LeastSquaresConfig, weight: Tensor) -> Tensor:
     return torch.zeros_like(weight).scatter_(1, kept, share / share.sum(1, keepdim=True))
 
 
-def solve(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums) -> Regression:
-    """
-    Solve the regression of each tile on its own: its own evidence, the default amplitude prior.
-    """
-    scale = default_scale(config, len(a.count), a.moment.shape[-1], a.moment.device)
-    return posterior(config, variances, a, scale, _weight(config, variances, a, scale))
-
-
 def _honest_sums(config, a):
     """
     Return gram, moment, sum of squares and count of the points that count as independent.
@@ -665,7 +555,7 @@ def _honest_sums(config, a):
     Values are taken relative to their mean, the last that is returned (batch, dim_y): an offset
     of the field costs nothing, however far it is beyond the relief.
     """
-    honesty = _honesty(config, a)  # (batch,)
+    share = honesty(config, a)
     gram = _gram(config, a)
     center = a.moment[:, basis.CONSTANT] / a.count.clamp(min=1e-300).unsqueeze(-1)
     if not config.offset_variance:  # the mean is known to be 0
@@ -673,10 +563,10 @@ def _honest_sums(config, a):
     moment = a.moment - gram[:, :, basis.CONSTANT].unsqueeze(-1) * center.unsqueeze(1)
     sum_squares = (a.sum_squares - center * a.moment[:, basis.CONSTANT]).clamp(min=0)
     return (
-        gram * honesty[:, None, None],
-        moment * honesty[:, None, None],
-        sum_squares * honesty[:, None],
-        a.count * honesty,
+        gram * share[:, None, None],
+        moment * share[:, None, None],
+        sum_squares * share[:, None],
+        a.count * share,
         center,
     )
 
@@ -685,10 +575,10 @@ def _gram(config, a):
     """
     Return sum phi phi^T, (batch, num_functions, num_functions).
     """
-    return basis.gram(config, _dim_x(a), a.gram)
+    return basis.gram(config, dim_x_of(a), a.gram)
 
 
-def _honesty(config, a):
+def honesty(config: LeastSquaresConfig, a: LeastSquaresSums) -> Tensor:
     """
     Return the share of the points that counts as independent, (batch,).
 
@@ -707,7 +597,7 @@ def _seen(config, a):
     """
     Return the share of the tile that was seen, (batch,): of cells, each as fresh as its voxels.
     """
-    m, dim_x = config.voxels_per_axis, _dim_x(a)
+    m, dim_x = config.voxels_per_axis, dim_x_of(a)
     cells = min(m, CELLS_PER_AXIS)
     middle = torch.arange(m, device=a.count.device) + 0.5
     along = (middle * cells / m).long()

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from cmanp_ros.core import basis, inducing, least_squares
+from cmanp_ros.core import basis, inducing, least_squares, outliers
 from cmanp_ros.core.attention import AttentionSums
 from cmanp_ros.core.autoregressive import CovarianceHead
 from cmanp_ros.core.blocks import DecoderLayer, mlp
@@ -273,7 +273,7 @@ class CMANP(nn.Module):
 
     def _encode(self, state):
         config = self.config.least_squares
-        regression = config and least_squares.solve(
+        regression = config and outliers.solve(
             config, least_squares.prior_variances(config, self.config.dim_x), state.least_squares
         )
         latents = self.encoder(state.attention)

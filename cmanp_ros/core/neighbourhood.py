@@ -71,7 +71,7 @@ class Neighbourhood:
         self, levels: list[Level], evidence: Evidence
     ) -> tuple[list[Key], Tensor, Tensor]:
         """
-        Return the tiles to be solved of all levels, with what `least_squares.posterior` takes.
+        Return the tiles to be solved of all levels, with what `outliers.posterior` takes.
 
         :param evidence: of the members of all levels, one after the other.
         :return: tiles, amplitude scales (tiles, dim_y), and weights (tiles, settings, dim_y): by

@@ -1,134 +1,149 @@
 """
-Readings that are far off: which they are, so that regressions of tiles can leave them out.
+Readings that are far off: which they are, and regressions of tiles without them.
 
-Sums alone cannot tell a blunder from noise. So beside them the highest and the lowest observation
-of each voxel are kept as they are: blunders are among these. Which of them are far off is decided
+They are among the extremes that a tile keeps (`extremes`). Which of these are far off is decided
 anew each time a tile is solved, from all that is known then. Nothing is thrown away, so order and
 batches do not matter.
 """
 
 from math import log
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import StudentT
 
+from cmanp_ros.core import basis, extremes, least_squares
 from cmanp_ros.core.config import LeastSquaresConfig
+from cmanp_ros.core.extremes import Candidates
+from cmanp_ros.core.least_squares import LeastSquaresSums, Regression
 
 WIDER = 10.0  # noise of readings that are far off, in units of that of others
 LIKELY = 0.1  # to be far off; less is not
+ENOUGH = 40  # points that count, for readings that are far off to be told from others
+RESOLVED = 0.1  # log length of a tile over the shortest, at least
+PROMISING = 0.12  # share of the noise variance that they explain at first, at least
+ROUNDS = 3  # after a first one: each shows more readings that are far off
+SETTLED = 1.1  # times the readings of the round before, at most, in the last
+UNEXPLAINED = 0.8  # of the noise variance, at most, where readings are left out
+REAL = 0.1  # chance that what is left out is real after all
 
 
-class Candidates(NamedTuple):
-    """Observations that may be far off; float64."""
-
-    x: Tensor
-    """(batch, n, dim_x) in model units."""
-    y: Tensor
-    """(batch, n, dim_y)."""
-    weight: Tensor
-    """(batch, n): less what was forgotten; 0 where there is none."""
-
-
-def num_slots(config: LeastSquaresConfig, dim_y: int) -> int:
+def solve(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums) -> Regression:
     """
-    Return how many observations of each voxel are kept: highest and lowest of each output.
+    Solve the regression of each tile on its own: its own evidence, the default amplitude prior.
     """
-    return 2 * dim_y if config.outlier_share else 0
+    scale = least_squares.default_scale(config, len(a.count), a.moment.shape[-1], a.moment.device)
+    weight = least_squares.weights(config, variances, a, scale)
+    return posterior(config, variances, a, scale, weight)
 
 
-def empty(config: LeastSquaresConfig, dim_x: int, dim_y: int, batch: int, device=None) -> Tensor:
+def posterior(
+    config: LeastSquaresConfig,
+    variances: Tensor,
+    a: LeastSquaresSums,
+    scale: Tensor,
+    weight: Tensor,
+) -> Regression:
     """
-    Return the extremes of no points, see `extremes`.
+    Do as `least_squares.posterior`, without readings that are far off where these can be told.
     """
-    shape = batch, config.voxels_per_axis**dim_x, num_slots(config, dim_y), dim_x + dim_y + 1
-    return torch.zeros(shape, dtype=torch.float64, device=device)
-
-
-def extremes(
-    config: LeastSquaresConfig, x: Tensor, y: Tensor, voxel: Tensor, present: Tensor
-) -> Tensor:
-    """
-    Find the highest and the lowest observation of each voxel; of equal ones the last in x, then y.
-
-    :param x: (batch, n, dim_x) in model units.
-    :param y: (batch, n, dim_y).
-    :param voxel: (batch, n), which.
-    :param present: (batch, n): 1, or 0 where there is no point.
-    :return: (batch, num_voxels, slots, dim_x + dim_y + 1) float64: x, y, weight.
-    """
-    batch, n, dim_x = x.shape
-    found = empty(config, dim_x, y.shape[-1], batch, x.device)
-    if not n or not found.shape[2]:
-        return found
-    there, num_voxels = present > 0, found.shape[1]
-    rows = torch.cat([x.double(), y, present.unsqueeze(-1)], -1)[there]
-    place = (torch.arange(batch, device=x.device).unsqueeze(1) * num_voxels + voxel)[there]
-    found = found.flatten(0, 1)
-    for slot, score in enumerate(_scores(rows, dim_x).unbind(-1)):
-        best = _largest(place, score, len(found))
-        for column in rows[:, :-1].unbind(-1):
-            if len(best) <= 1 or int(place[best].bincount().max()) == 1:
-                break
-            best = best[_largest(place[best], column[best], len(found))]
-        found[place[best], slot] = rows[best]
-    return found.unflatten(0, (batch, num_voxels))
-
-
-def _scores(rows, dim_x):
-    """
-    Return by what observations (..., columns) are compared in each slot, (..., slots).
-    """
-    y = rows[..., dim_x:-1]
-    return torch.stack([y, -y], -1).flatten(-2)
-
-
-def _largest(place, score, size):
-    """
-    Return the numbers of the points of the largest score in their place; of equal ones all.
-    """
-    best = score.new_full((size,), -torch.inf).scatter_reduce(0, place, score, 'amax')
-    return (score == best[place]).nonzero()[:, 0]
-
-
-def merge(a: Tensor, b: Tensor, dim_x: int) -> Tensor:
-    """
-    Return the extremes of both sets of points.
-    """
-    there = b[..., -1] > 0
-    slot, p, q = there.nonzero()[:, 2:], a[there], b[there]
-    ranks = (torch.cat([_scores(part, dim_x).gather(1, slot), part], 1) for part in (p, q))
-    is_equal = p[:, -1] > 0
-    is_better = ~is_equal
-    for one, other in zip(*(rank.unbind(1) for rank in ranks), strict=True):
-        is_better = is_better | is_equal & (other > one)
-        is_equal = is_equal & (other == one)
-    found = a.clone()
-    found[there] = torch.where(is_better.unsqueeze(1), q, p)
+    found = least_squares.posterior(config, variances, a, scale, weight)
+    if config.outlier_share:
+        _leave_out(config, variances, a, scale, found)
     return found
 
 
-def forget(a: Tensor, factor: float) -> Tensor:
+def _leave_out(config, variances, a, scale, found):
     """
-    Weight the observations by `factor`.
+    Solve tiles again without readings that are far off, where these explain the noise.
+
+    Few points cannot tell. Where the shortest length is not short enough, or what is left is about
+    as noisy, there is detail that a tile cannot resolve: its peaks are not blunders.
+
+    :param found: `Regression` on all that was observed, of which some tiles are changed.
     """
-    return torch.cat([a[..., :-1], a[..., -1:] * factor], -1)
+    honesty = least_squares.honesty(config, a)  # as the voxels, it stays what it is
+    may_tell = (a.count * honesty > ENOUGH) & _is_resolved(config, found)
+    tiles = may_tell.nonzero()[:, 0]
+    if not len(tiles):
+        return
+    everything, now, honesty = _some_of(a, tiles), _some_of(found, tiles), honesty[tiles]
+    readings = extremes.candidates(everything.voxel_extremes, least_squares.dim_x_of(a))
+    chance, explained = _far_off(config, everything, honesty, readings, now, readings.weight)
+    some = (explained > PROMISING).any(1).nonzero()[:, 0]
+    if not len(some):
+        return
+    tiles, chance, honesty = tiles[some], chance[some], honesty[some]
+    scale = scale[tiles]
+    everything, readings = _some_of(everything, some), _some_of(readings, some)
+    noise = now.noise_variance[some]
+    own = least_squares.without(config, everything, readings, readings.weight * chance)
+    weight = least_squares.weights(config, variances, own, scale)
+    likely = torch.zeros_like(weight).scatter_(1, weight.argmax(1, keepdim=True), 1.0)
+    for _ in range(ROUNDS):
+        now, before = least_squares.posterior(config, variances, own, scale, likely), chance
+        left = readings.weight * (1 - before)
+        chance, _ = _far_off(config, own, honesty, readings, now, left)
+        own = least_squares.without(config, everything, readings, readings.weight * chance)
+    weight = least_squares.weights(config, variances, own, scale)
+    now = least_squares.posterior(config, variances, own, scale, weight)
+    is_settled = (readings.weight * (chance - SETTLED * before)).sum(1) < 0
+    explains = (now.noise_variance < UNEXPLAINED * noise).any(1) & is_settled
+    whole = least_squares.posterior(config, variances, everything, scale, weight)
+    for all_tiles, part in zip(found, _mixed(config, now, whole), strict=True):
+        all_tiles[tiles[explains]] = part[explains]
 
 
-def candidates(extremes: Tensor, dim_x: int) -> Candidates:
+def _mixed(config, a, b):
     """
-    Return the extremes of each tile, each observation once.
+    Return two moments of two regressions: what was left out in `a` may be real, as `b` takes it.
     """
-    weight = extremes[..., -1].clone()
-    for slot in range(1, weight.shape[2]):
-        known = extremes[:, :, slot, None] == extremes[:, :, :slot]
-        weight[:, :, slot].masked_fill_(known.all(-1).any(-1), 0.0)
-    weight, rows = weight.flatten(1), extremes.flatten(1, 2)
-    most = int((weight > 0).sum(1).amax()) if len(weight) else 0
-    order = (weight > 0).byte().argsort(dim=1, descending=True, stable=True)[:, :most]
-    rows = rows.gather(1, order.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
-    return Candidates(rows[..., :dim_x], rows[..., dim_x:-1], weight.gather(1, order))
+
+    def mean_of(p, q):
+        return (1 - REAL) * p + REAL * q
+
+    apart = (a.mean - b.mean).mT
+    apart = REAL * (1 - REAL) * apart.unsqueeze(3) * apart.unsqueeze(2)
+    covariance = mean_of(a.covariance, b.covariance) + apart
+    return a._replace(
+        mean=mean_of(a.mean, b.mean),
+        quadratic=basis.quadratic(config, covariance.flatten(0, 1)).view_as(a.quadratic),
+        noise_variance=mean_of(a.noise_variance, b.noise_variance),
+        covariance=covariance,
+    )
+
+
+def _is_resolved(config, regression):
+    """
+    Return which tiles, (batch,) bool, would not take a shorter length if there were one.
+    """
+    if len(config.lengths) == 1:
+        return torch.ones_like(regression.summary[:, 0, 0], dtype=torch.bool)
+    return regression.summary[..., 0].amin(1) > log(min(config.lengths)) + RESOLVED
+
+
+def _far_off(config, a, honesty, readings, regression, weight):
+    """
+    Return how likely readings (batch, n) are far off, and which share of the noise that explains.
+
+    :param honesty: (batch,), see `least_squares.honesty`.
+    :param weight: (batch, n) of the readings in the sums.
+    :return: (batch, n), and (batch, dim_y).
+    """
+    noise = regression.noise_variance
+    mean, variance = least_squares.predict(config, regression, readings.x)
+    weight, count = weight * honesty.unsqueeze(1), a.count * honesty
+    chance = probability(config, readings, mean, variance, noise, weight, count)
+    chance = chance * _is_resolved(config, regression).unsqueeze(1)
+    residual = (readings.y - mean).square() * (chance * weight).unsqueeze(-1)
+    return chance, residual.sum(1) / (noise * count.unsqueeze(1))
+
+
+def _some_of(parts, tiles):
+    """
+    Return the same of some tiles.
+    """
+    return type(parts)(*(part[tiles] for part in parts))
 
 
 def probability(

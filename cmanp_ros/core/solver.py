@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmanp_ros.core import least_squares
+from cmanp_ros.core import least_squares, outliers
 from cmanp_ros.core.attention import AttentionSums
 from cmanp_ros.core.lattice import Lattice, OneTile
 from cmanp_ros.core.least_squares import Evidence, LeastSquaresSums, Regression
@@ -99,7 +99,7 @@ class Solver:
 
         :param scale: (tiles, dim_y) of the amplitude's prior; `weight` (tiles, settings, dim_y).
         """
-        return least_squares.posterior(self._options, self._variances, sums, scale, weight)
+        return outliers.posterior(self._options, self._variances, sums, scale, weight)
 
     def _evidence(self, request):
         """Return the evidence of the unknown, and of all members of all levels."""

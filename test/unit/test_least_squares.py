@@ -11,7 +11,7 @@ import torch
 from scipy.special import gamma, kv, softmax
 from scipy.stats import multivariate_normal, multivariate_t
 
-from cmanp_ros.core import basis, least_squares
+from cmanp_ros.core import basis, least_squares, outliers
 from cmanp_ros.core.config import LeastSquaresConfig
 
 M = {1: 12, 2: 5, 3: 3}  # functions per axis, by dim_x
@@ -50,7 +50,7 @@ def solve(config, x, y, **options):
     folded = least_squares.sums(config, x, y)
     assert (folded.voxel_count <= config.points_per_voxel).all(), 'crowded voxels: other seed'
     variances = least_squares.prior_variances(config, x.shape[-1])
-    return least_squares.solve(config, variances, folded, **options)
+    return outliers.solve(config, variances, folded, **options)
 
 
 # The oracle: dense Gaussian processes in numpy, nothing from the code under test -----------------
@@ -341,7 +341,7 @@ def test_no_points_give_the_prior(dim_x):
     config, (_, _, x_target) = config_of(dim_x), data(dim_x)
     nothing = least_squares.empty(config, dim_x, DIM_Y, BATCH)
     variances = least_squares.prior_variances(config, dim_x)
-    regression = least_squares.solve(config, variances, nothing)
+    regression = outliers.solve(config, variances, nothing)
     mean, variance = least_squares.predict(config, regression, x_target)
     assert (mean == 0).all()
     amplitude2 = config.amplitude_scale / (config.amplitude_shape - 1)
@@ -358,7 +358,7 @@ def test_no_points_have_a_finite_summary():
     config = config_of(2)
     nothing = least_squares.empty(config, 2, DIM_Y, BATCH)
     variances = least_squares.prior_variances(config, 2)
-    assert least_squares.solve(config, variances, nothing).summary.isfinite().all()
+    assert outliers.solve(config, variances, nothing).summary.isfinite().all()
 
 
 def test_a_point_outside_the_workspace_is_folded_like_any_other():
@@ -488,7 +488,7 @@ def test_a_tile_on_its_own_has_its_own_evidence_and_the_default_amplitude_prior(
     own = least_squares.log_evidence(config, found, scale)
     weight = own.softmax(1)
     expected = least_squares.posterior(config, variances, folded, scale, weight)
-    regression = least_squares.solve(config, variances, folded)
+    regression = outliers.solve(config, variances, folded)
     for part, other in zip(regression, expected, strict=True):
         assert torch.equal(part, other)
 
@@ -595,9 +595,7 @@ def test_known_noise_leaves_no_room_for_the_prior_of_the_amplitude():
     torch.testing.assert_close(one.noise_variance, noise)
     nothing = least_squares.empty(config, 2, DIM_Y, BATCH)
     variances = least_squares.prior_variances(config, 2)
-    torch.testing.assert_close(
-        least_squares.solve(config, variances, nothing).noise_variance, noise
-    )
+    torch.testing.assert_close(outliers.solve(config, variances, nothing).noise_variance, noise)
 
 
 @pytest.mark.parametrize('dim_x', [1, 2, 3])
@@ -630,7 +628,7 @@ def predict_with_offset(offset, relief, n=197):
     config = LeastSquaresConfig(amplitude_scale=0.6 * relief**2)
     variances = least_squares.prior_variances(config, 2)
     folded = least_squares.sums(config, x, relief * (wavy(x) + 0.05 * white) + offset)
-    regression = least_squares.solve(config, variances, folded)
+    regression = outliers.solve(config, variances, folded)
     mean, variance = least_squares.predict(config, regression, x_target)
     stddev = (variance + regression.noise_variance.unsqueeze(1)).sqrt()
     return (mean - offset) / relief, stddev / relief
@@ -665,7 +663,7 @@ def test_an_offset_of_points_partly_forgotten_changes_nothing_else():
         state = least_squares.sums(config, x[:, :6], y[:, :6] + offset)
         new = least_squares.sums(config, x[:, 6:], y[:, 6:] + offset)
         state = least_squares.merge(least_squares.forget(state, 0.3), new)
-        regression = least_squares.solve(config, variances, state)
+        regression = outliers.solve(config, variances, state)
         mean, variance = least_squares.predict(config, regression, x_target)
         answers.append((mean - offset, variance, regression.noise_variance, regression.summary))
     for found, expected in zip(*answers, strict=True):
@@ -689,7 +687,7 @@ def assert_solved_alike(monkeypatch, config, folded, dim_x, are_few):
     for few in ((1, 4), ()):
         monkeypatch.setattr(least_squares, 'FEW', few)
         chosen.append([])
-        found.append(least_squares.solve(config, variances, folded))
+        found.append(outliers.solve(config, variances, folded))
     assert chosen == [are_few * 2, []], 'evidence and posterior'
     for part, expected in zip(*found, strict=True):
         torch.testing.assert_close(part, expected, rtol=1e-7, atol=1e-7)
@@ -719,7 +717,7 @@ def test_points_that_only_weigh_as_few_are_solved_as_many(monkeypatch):
 def assert_solved_as_by_dense_gps(config, folded, points, x_target, weight):
     """Compare with one dense GP for each row and output; return the regression."""
     variances = least_squares.prior_variances(config, 2)
-    regression = least_squares.solve(config, variances, folded)
+    regression = outliers.solve(config, variances, folded)
     mean, variance = least_squares.predict(config, regression, x_target)
     (setting,) = settings_of(config)
     for row, output in product(range(BATCH), range(DIM_Y)):
@@ -753,12 +751,12 @@ def test_the_share_of_a_tile_that_was_seen_is_that_of_its_cells(dim_x, m):
     nothing = least_squares.empty(config, dim_x, DIM_Y, 1)
     for factor in (1.0, 0.25):
         faded = least_squares.forget(folded, factor)
-        seen = least_squares.solve(config, variances, faded).summary[..., 8]
+        seen = outliers.solve(config, variances, faded).summary[..., 8]
         shares = [factor * cells_seen(row, m) for row in x.numpy()]
         assert shares[1] < shares[2] <= shares[0]
         expected = torch.tensor(shares).double().unsqueeze(1).expand(-1, DIM_Y)
         torch.testing.assert_close(seen, expected)
-    assert (least_squares.solve(config, variances, nothing).summary[..., 8] == 0).all()
+    assert (outliers.solve(config, variances, nothing).summary[..., 8] == 0).all()
 
 
 @pytest.mark.parametrize('factor', [1.0, 0.25])
@@ -785,7 +783,7 @@ def test_no_point_counts_more_than_in_full_and_none_not_at_all():
     x[2, 1:] = x[2, 0]
     folded = least_squares.sums(config, x, torch.zeros(BATCH, 101, 1))
     variances = least_squares.prior_variances(config, 2)
-    log_share = least_squares.solve(config, variances, folded).summary[:, 0, 7]
+    log_share = outliers.solve(config, variances, folded).summary[:, 0, 7]
     assert (log_share < 0).all() and (log_share >= -np.log(101)).all()
 
 
@@ -829,7 +827,7 @@ def surveyed():
         noise = 0.05 * torch.randn(*x_more.shape[:-1], 1, dtype=torch.float64)
         more = least_squares.sums(config, x_more, wavy(x_more) + noise)
         variances = least_squares.prior_variances(config, 2)
-        regression = least_squares.solve(config, variances, least_squares.merge(survey, more))
+        regression = outliers.solve(config, variances, least_squares.merge(survey, more))
         mean, variance = least_squares.predict(config, regression, x_target)
         return mean, variance.sqrt()
 
@@ -865,7 +863,7 @@ def test_a_dense_track_is_no_more_confident_beside_it_than_a_thinned_one():
         x = torch.stack([along, 0.3 * along], -1).unsqueeze(0)
         folded = least_squares.sums(config, x, field(x))
         variances = least_squares.prior_variances(config, 2)
-        regression = least_squares.solve(config, variances, folded)
+        regression = outliers.solve(config, variances, folded)
         x_target = x[:, :: n // 41] + torch.tensor([0.0, 0.3], dtype=torch.float64)
         mean, variance = least_squares.predict(config, regression, x_target)
         error = (mean - field(x_target)).square().mean().sqrt()
@@ -963,7 +961,7 @@ def test_forgotten_points_leave_the_prediction_less_certain(repeats):
     folded = least_squares.sums(config, x, y)
     variances = least_squares.prior_variances(config, 2)
     before, after = (
-        least_squares.predict(config, least_squares.solve(config, variances, state), x)[1]
+        least_squares.predict(config, outliers.solve(config, variances, state), x)[1]
         for state in (folded, least_squares.forget(folded, 0.25))
     )
     assert (after > 1.1 * before).all()

@@ -10,7 +10,15 @@ import torch
 from small_models import PRESETS, assert_states_close, build, points
 
 import cmanp_ros.core.model
-from cmanp_ros.core import CMANP, CMANPConfig, attention, forget, least_squares, merge
+from cmanp_ros.core import (
+    CMANP,
+    CMANPConfig,
+    attention,
+    forget,
+    least_squares,
+    merge,
+    outliers,
+)
 from cmanp_ros.core.attention import AttentionSums
 from cmanp_ros.core.errors import InputError
 from cmanp_ros.core.lattice import OneTile
@@ -419,7 +427,7 @@ def test_an_untrained_field_model_is_least_squares_alone():
         x_target = targets(config, batch=2)
         prediction = model.predict(folded(model, x, y), x_target, joint=True)
         memory = config.least_squares
-        regression = least_squares.solve(
+        regression = outliers.solve(
             memory,
             least_squares.prior_variances(memory, dim_x),
             merge_chunks(memory, x, y, config.chunk_size),
@@ -580,7 +588,7 @@ class Calls:
 
     def __init__(self, monkeypatch, model):
         self.encode, self.solve = 0, 0
-        forward, solve = model.encoder.forward, least_squares.solve
+        forward, solve = model.encoder.forward, outliers.solve
 
         def count_forward(*args):
             self.encode += 1
@@ -591,7 +599,7 @@ class Calls:
             return solve(*args, **kwargs)
 
         monkeypatch.setattr(model.encoder, 'forward', count_forward)
-        monkeypatch.setattr(least_squares, 'solve', count_solve)
+        monkeypatch.setattr(outliers, 'solve', count_solve)
 
     def count(self):
         """Return the calls of the encoder and of the solver so far."""

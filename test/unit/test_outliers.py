@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import t as student
 
-from cmanp_ros.core import Lattice, Normalization, least_squares, outliers
+from cmanp_ros.core import Lattice, Normalization, extremes, least_squares, outliers
 from cmanp_ros.core.config import ConfigError, LeastSquaresConfig
 from cmanp_ros.core.model import CMANP, CMANPConfig
 from cmanp_ros.core.state import concatenate, merge, select
@@ -53,7 +53,7 @@ def with_blunders(n=120, num=6, noise=0.05, size=1.5, seed=0):
 
 def solved(config, x, y, mask=None):
     folded = least_squares.sums(config, x, y, mask)
-    return least_squares.solve(config, least_squares.prior_variances(config, 2), folded)
+    return outliers.solve(config, least_squares.prior_variances(config, 2), folded)
 
 
 # What is kept ------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_what_is_forgotten_counts_less_and_a_fresh_copy_in_full():
 def test_each_observation_is_a_candidate_once():
     x, y = torch.tensor([[[0.1, 0.1], [0.2, 0.1], [-1.9, 1.9]]]), torch.tensor([[[1.0], [2], [3]]])
     kept = least_squares.sums(config_of(), x.double(), y.double()).voxel_extremes
-    found = outliers.candidates(kept, 2)
+    found = extremes.candidates(kept, 2)
     there = found.weight[0] > 0
     assert sorted(found.y[0, there, 0].tolist()) == [1.0, 2.0, 3.0]
     x = found.x[0, there][found.y[0, there, 0].argsort()]
@@ -158,7 +158,7 @@ def test_the_probability_is_that_of_a_regression_without_the_reading():
     as_tensor = [torch.as_tensor(part)[None, :, None] for part in (y, phi @ weights, variance)]
     y_, mean_, variance_ = as_tensor
     ones = torch.ones(1, n, dtype=torch.float64)
-    found = outliers.Candidates(torch.zeros(1, n, 2).double(), y_, ones)
+    found = extremes.Candidates(torch.zeros(1, n, 2).double(), y_, ones)
     noise2 = torch.tensor([[noise**2]]).double()
     chance = outliers.probability(config, found, mean_, variance_, noise2, ones, ones.sum(1))[0]
     freedom = 2 * config.amplitude_shape + n - variance.sum() / noise**2
@@ -219,7 +219,7 @@ def test_where_nothing_is_far_off_hardly_anything_changes():
 
 def test_few_points_cannot_tell():
     config = default_config()
-    x, y, _ = with_blunders(n=least_squares.ENOUGH, num=2)
+    x, y, _ = with_blunders(n=outliers.ENOUGH, num=2)
     found, expected = (
         solved(dataclasses.replace(config, outlier_share=share), x, y) for share in (SHARE, 0.0)
     )
@@ -255,9 +255,9 @@ def test_tiles_are_solved_alone_as_together():
     tiles = [with_blunders(num=num, seed=num)[:2] for num in (0, 3, 8)]
     tiles = [least_squares.sums(config, *tile) for tile in tiles]
     together = least_squares.LeastSquaresSums(*(torch.cat(p) for p in zip(*tiles, strict=True)))
-    found = least_squares.solve(config, variances, together)
+    found = outliers.solve(config, variances, together)
     for i, tile in enumerate(tiles):
-        alone = least_squares.solve(config, variances, tile)
+        alone = outliers.solve(config, variances, tile)
         for one, other in zip(found, alone, strict=True):
             torch.testing.assert_close(one[i : i + 1], other, rtol=1e-6, atol=1e-8)
 
