@@ -64,7 +64,7 @@ def blend(cover: Cover, answers: Decoded, num_targets, num_levels) -> Mixture:
     slowly.
 
     The mean is mixed with weights that give finer tiles a head start, `Decoded.head_start`; the
-    stddev is about that mean, and has the disagreement of the tiles by their plain weights.
+    stddev is about that mean, and has the disagreement of the tiles by the weights without it.
     """
     index = cover.index
     shape = (num_targets, answers.mean.shape[-1])

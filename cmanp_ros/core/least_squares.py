@@ -230,7 +230,8 @@ def forget(a: LeastSquaresSums, factor: float) -> LeastSquaresSums:
     return LeastSquaresSums(*(part * factor for part in a[:-1]), voxel_extremes=kept)
 
 
-NUM_SUMMARIES, LOG_AMPLITUDE, SEEN = 9, 5, 8  # how many, and where two of them stand
+NUM_SUMMARIES = 9
+LOG_AMPLITUDE, LOG_HONESTY, SEEN = 5, 7, 8  # where some of them stand
 CELLS_PER_AXIS = 5  # of a tile, each seen or not: a pass of a track fills about a third of them
 MATRICES_AT_ONCE = 40  # that are factorized together: they fit in caches
 FEW = (24, 40)  # points of a tile: their covariance is factorized, not all weights'

@@ -66,7 +66,7 @@ class Decoded(NamedTuple):
     log_weight: Tensor
     """Log weight of the answer against those of other tiles; 0 without a regression."""
     head_start: Tensor
-    """Log of what this weight is multiplied by to mix means; 0 without a regression."""
+    """Log of what it is multiplied by to mix means; 0 without a regression."""
 
 
 class CMANP(nn.Module):
@@ -330,8 +330,8 @@ class CMANP(nn.Module):
             mean = prior.mean + stddev * _bounded(first, 2.0)
             limit = torch.where(second < 0, -log(LEAST_STDDEV), 2.5)
             correction = _bounded(second, limit).exp()
-            log_weight = _bounded(third, 6.0) - 2 * stddev.log()  # untrained: by precision
-            head_start = _head_start(prior, self.config.num_levels).expand_as(mean)
+            head_start, known = _head_start(prior, self.config.num_levels).expand(2, *mean.shape)
+            log_weight = _bounded(third, 6.0) - 2 * stddev.log() + known  # untrained: by precision
             answer = Decoded(mean, stddev * correction, correction, log_weight, head_start)
             return _mixed_with(answer, stddev, *own) if own else answer
         first, second = output.chunk(2, -1)
@@ -427,21 +427,30 @@ LEAST_STDDEV = 0.5  # of the regression's: a reading far off must not be a catas
 OWN_LOG_ODDS = -2.0  # of an untrained decoder's own answer where both are as precise
 SEEN_WELL = 0.5  # share of a tile: more than one pass of a track, less than scattered readings
 STEEP = 1.6  # amplitude over that of the coarsest tiles above
+SEEN_ALL_OVER, SCATTERED = 0.75, 0.9  # shares of a tile, and of its readings that count
+PART = 0.4  # of the head start, of the stddev of such tiles
 
 
 def _head_start(prior, num_levels):
     """
-    Return log factors of the weights of finer tiles that were seen well, for mixing means.
+    Return by how much finer tiles that were seen well weigh more, in logarithms.
 
     A coarse tile takes its noise to be the same all over, so where the field is rough it claims
     less error than it has. Not so a tile that was seen along a track only, or in which passes
-    disagree or a blunder looks like a cliff: it extrapolates wildly.
+    disagree or a blunder looks like a cliff: it extrapolates wildly. For standard deviations it
+    has to be seen all over, by readings that are scattered: those that crowd in passes tell less
+    than their number.
+
+    :return: (2, ...): what is added for means alone, and what for both.
     """
+    seen = prior.summary[..., least_squares.SEEN]
     num_coarser = (1 - prior.context[..., 0]) / 2 * (num_levels - 1)
-    is_seen = torch.sigmoid(20 * (prior.summary[..., least_squares.SEEN] - SEEN_WELL))
-    log_amplitude = prior.summary[..., least_squares.LOG_AMPLITUDE]
-    is_calm = torch.sigmoid(10 * (log(STEEP) - log_amplitude))
-    return num_coarser.square() * is_seen * is_calm
+    is_calm = torch.sigmoid(10 * (log(STEEP) - prior.summary[..., least_squares.LOG_AMPLITUDE]))
+    whole = num_coarser.square() * torch.sigmoid(20 * (seen - SEEN_WELL)) * is_calm
+    log_honesty = prior.summary[..., least_squares.LOG_HONESTY]
+    is_scattered = torch.sigmoid(30 * (log_honesty - log(SCATTERED)))
+    both = PART * torch.sigmoid(20 * (seen - SEEN_ALL_OVER)) * is_scattered * whole
+    return torch.stack([whole - both, both])
 
 
 def _mixed_with(answer, stddev, mean, log_stddev, log_odds):
