@@ -267,7 +267,7 @@ def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums)
 
     :param variances: (num_kernels, num_functions) of `prior_variances`.
     """
-    gram, moment, sum_squares, count, _ = _honest_sums(config, a)
+    gram, moment, sum_squares, count, *_ = _honest_sums(config, a)
     variances, noise2 = variances.to(gram.device), _noise2(config, gram)
     shape = len(gram), len(variances) * len(noise2)
     explained, log_determinant = gram.new_empty(*shape, moment.shape[-1]), gram.new_empty(shape)
@@ -432,7 +432,7 @@ def posterior(
         the settings that are averaged), log(1 + effective count), log(effective count / count),
         and the share of the tile that was seen.
     """
-    gram, moment, sum_squares, count, center = _honest_sums(config, a)
+    gram, moment, sum_squares, count, center, counted = _honest_sums(config, a)
     noise2_of = _noise2(config, gram)
     scale_of = variances.to(gram.device).sqrt().repeat_interleave(len(noise2_of), 0)
     noise2_of = noise2_of.repeat(len(variances))
@@ -468,7 +468,7 @@ def posterior(
     grid = _grid(config).to(gram.device)  # (settings, 3)
     moments = torch.einsum('bso,sp->bop', weight, torch.cat([grid, grid.square()], -1))
     center, square = moments.chunk(2, -1)
-    known = torch.stack([torch.log1p(count), honesty(config, a).log(), _seen(config, a)], -1)
+    known = torch.stack([torch.log1p(count), counted.log(), _seen(config, a)], -1)
     relative = amplitude2 * (config.amplitude_shape - 1) / scale
     summary = torch.cat(
         [
@@ -553,8 +553,10 @@ def _honest_sums(config, a):
     """
     Return gram, moment, sum of squares and count of the points that count as independent.
 
-    Values are taken relative to their mean, the last that is returned (batch, dim_y): an offset
-    of the field costs nothing, however far it is beyond the relief.
+    Values are taken relative to their mean: an offset of the field costs nothing, however far it
+    is beyond the relief.
+
+    :return: these, the mean (batch, dim_y), and the share of the points that counts (batch,).
     """
     share = honesty(config, a)
     gram = _gram(config, a)
@@ -569,6 +571,7 @@ def _honest_sums(config, a):
         sum_squares * share[:, None],
         a.count * share,
         center,
+        share,
     )
 
 

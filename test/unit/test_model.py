@@ -449,10 +449,11 @@ def merge_chunks(memory, x, y, chunk_size):
     return state
 
 
-def decoded(model, state, x_target):
-    """Return what one tile answers, and its regression."""
+def decoded(model, state, x_target, change=lambda prior: None):
+    """Return what one tile answers, and its regression, which may be changed before."""
     encoding = model.encoding(state)
     prior = model.regress(encoding, x_target)
+    change(prior)
     return model.decode(encoding.projected, x_target, prior), prior
 
 
@@ -472,10 +473,11 @@ def test_an_untrained_field_model_weights_its_answers_by_precision():
     model = CMANP(small_models.field(dim_x=2, dim_y=3)).eval()
     x_target = targets(model.config, batch=2)
     state = folded(model, *points(model.config, N, batch=2))
-    encoding = model.encoding(state)
-    prior = model.regress(encoding, x_target)
-    prior.context[..., 0] = 1.0  # the coarsest level: no head start
-    found = model.decode(encoding.projected, x_target, prior)
+
+    def coarsest(prior):  # has no head start
+        prior.context[..., 0] = 1.0
+
+    found, prior = decoded(model, state, x_target, coarsest)
     assert (found.correction == 1).all()
     precision = 1 / (prior.variance + prior.noise_variance)
     torch.testing.assert_close(found.log_weight, precision.log(), **EXACT)
@@ -483,35 +485,36 @@ def test_an_untrained_field_model_weights_its_answers_by_precision():
 
 @pytest.mark.parametrize('level', [0, 1, 2])  # finest to coarsest
 @pytest.mark.parametrize(
-    ('seen', 'honesty', 'log_amplitude', 'for_means', 'for_both'),
+    ('seen', 'honesty', 'log_amplitude', 'is_trusted', 'for_both'),
     [
-        (1.0, 1.0, 0.0, 0.6, 0.4),
-        (1.0, 1.0, -3.0, 0.6, 0.4),
-        (1.0, 1.0, 1.0, 0.0, 0.0),  # a cliff
-        (1.0, 0.7, 0.0, 1.0, 0.0),  # passes
-        (0.65, 1.0, 0.0, 0.9, 0.05),  # not quite all over
-        (0.2, 1.0, 0.0, 0.0, 0.0),
+        (1.0, 1.0, 0.0, True, 0.38),
+        (1.0, 1.0, -3.0, True, 0.38),
+        (0.8, 1.0, 0.0, True, 0.28),  # nearly all over
+        (0.8, 0.7, 0.0, True, 0.0),  # by passes
+        (0.2, 1.0, 0.0, False, 0.0),
+        (0.8, 1.0, 1.0, False, 0.0),  # a cliff
     ],
 )
 def test_finer_tiles_that_are_trusted_have_a_head_start(
-    level, seen, honesty, log_amplitude, for_means, for_both
+    level, seen, honesty, log_amplitude, is_trusted, for_both
 ):
+    def change(prior):
+        prior.context[..., 0] = level - 1
+        prior.summary[..., 5], prior.summary[..., 8] = log_amplitude, seen
+        prior.summary[..., 7] = log(honesty)
+
     model = CMANP(small_models.field(dim_x=2, dim_y=3)).eval()
     state = folded(model, *points(model.config, N, batch=2))
-    encoding, x_target = model.encoding(state), targets(model.config, batch=2)
-    prior = model.regress(encoding, x_target)
-    prior.context[..., 0] = level - 1
-    prior.summary[..., 5], prior.summary[..., 8] = log_amplitude, seen
-    prior.summary[..., 7] = log(honesty)
-    found = model.decode(encoding.projected, x_target, prior)
-    close, stddev = {'rtol': 0, 'atol': 0.03}, (prior.variance + prior.noise_variance).sqrt()
-    expected = torch.full_like(found.mean, (2 - level) ** 2)
-    torch.testing.assert_close(found.head_start / 4, expected * for_means / 4, **close)
-    bonus = found.log_weight + 2 * stddev.log()  # of an untrained model
-    torch.testing.assert_close(bonus / 4, expected * for_both / 4, **close)
+    x_target = targets(model.config, batch=2)
+    before, prior = decoded(model, state, x_target)
+    found, _ = decoded(model, state, x_target, change)
+    weight = found.log_weight + (prior.variance + prior.noise_variance).log()
+    expected = torch.full_like(found.mean, (2 - level) ** 2 * is_trusted)
+    torch.testing.assert_close(found.head_start + weight, expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(weight, for_both * expected, rtol=0.02, atol=0.02)
     assert found.head_start.shape == found.mean.shape
-    torch.testing.assert_close(found.mean, prior.mean)
-    torch.testing.assert_close(found.stddev, stddev)
+    for name in ('mean', 'stddev', 'correction'):  # of an untrained model
+        torch.testing.assert_close(getattr(found, name), getattr(before, name))
 
 
 def test_the_correction_is_that_of_the_stddev_of_the_regression(field):
