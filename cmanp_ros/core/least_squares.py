@@ -16,7 +16,7 @@ from torch import Tensor
 from cmanp_ros.core import basis, extremes
 from cmanp_ros.core.config import LeastSquaresConfig
 from cmanp_ros.core.lattice import HALF_WIDTH
-from cmanp_ros.core.linalg import OVERSAMPLING, bordered, cholesky, eliminate, low_rank
+from cmanp_ros.core.linalg import OVERSAMPLING, cholesky, eliminate, halves, low_rank
 
 
 class LeastSquaresSums(NamedTuple):
@@ -73,6 +73,9 @@ def spectral_density(omega: Tensor, smoothness: float, length: float) -> Tensor:
     return torch.exp(constant + nu * log(scale) - (nu + dim / 2) * torch.log(scale + square))
 
 
+LEAST_VARIANCE = 1e-10  # of a weight, relative to the squared amplitude
+
+
 @cache
 def prior_variances(config: LeastSquaresConfig, dim_x: int) -> Tensor:
     """
@@ -81,9 +84,9 @@ def prior_variances(config: LeastSquaresConfig, dim_x: int) -> Tensor:
     :return: (num_kernels, num_functions), one row for each smoothness and length.
     """
     omega, norms = basis.frequencies(config, dim_x), basis.squared_norms(config, dim_x)
-    linear = torch.full((dim_x,), config.slope_variance, dtype=torch.float64)
+    linear = torch.full((dim_x,), max(config.slope_variance, LEAST_VARIANCE), dtype=torch.float64)
     rows = [
-        torch.cat([(spectral_density(omega, nu, length) + 1e-10) / norms, linear])
+        torch.cat([(spectral_density(omega, nu, length) + LEAST_VARIANCE) / norms, linear])
         for nu, length in product(config.smoothnesses, config.lengths)
     ]
     variances = torch.stack(rows)
@@ -235,6 +238,7 @@ LOG_AMPLITUDE, LOG_HONESTY, SEEN = 5, 7, 8  # where some of them stand
 CELLS_PER_AXIS = 5  # of a tile, each seen or not: a pass of a track fills about a third of them
 MATRICES_AT_ONCE = 40  # that are factorized together: they fit in caches
 FEW = (24, 40)  # points of a tile: their covariance is factorized, not all weights'
+DISMISSED = 15.0  # in log evidence, under the best: settings beside it are not looked at
 FAR_MORE = 8.0  # times the median number of points in a voxel
 
 
@@ -260,27 +264,29 @@ def num_settings(config: LeastSquaresConfig) -> int:
 
 def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums) -> Evidence:
     """
-    Solve the regression for every setting; the amplitude is left open.
+    Solve the regression for every setting that is likely; the amplitude is left open.
 
     Conjugate normal-inverse-gamma model (Bishop 2006, 3.3): w ~ N(0, a^2 S),
     y ~ N(phi w, a^2 r^2), a^2 ~ InvGamma(shape, scale). The sums are scaled by `honesty` before.
 
+    Many points leave few settings, so not all are solved: a search begins with some of the grid,
+    and goes on beside those that are likely. The others are as the best one, less `DISMISSED`.
+
     :param variances: (num_kernels, num_functions) of `prior_variances`.
     """
     gram, moment, sum_squares, count, *_ = _honest_sums(config, a)
-    variances, noise2 = variances.to(gram.device), _noise2(config, gram)
-    shape = len(gram), len(variances) * len(noise2)
-    explained, log_determinant = gram.new_empty(*shape, moment.shape[-1]), gram.new_empty(shape)
+    variances = variances.to(gram.device)
+    residual = gram.new_empty(len(gram), num_settings(config), moment.shape[-1])
+    found = Evidence(residual, gram.new_empty(residual.shape[:2]), count)
     for tiles, *factors in _systems(a, gram, moment):
-        given, solve = (factors, _solve_few) if factors else ((gram[tiles], moment[tiles]), _solve)
-        for some in torch.arange(len(tiles)).split(max(1, MATRICES_AT_ONCE // shape[1])):
-            explained[tiles[some]], log_determinant[tiles[some]] = solve(
-                *(part[some] for part in given), variances, noise2
-            )
-    noise2 = noise2.repeat(len(variances))
-    left = (sum_squares.unsqueeze(1) - explained) / noise2.unsqueeze(-1)
-    log_determinant = log_determinant + noise2.log() * (count / 2).unsqueeze(1)
-    return Evidence(left.clamp(min=0) / 2, log_determinant, count)
+        known = sum_squares[tiles], count[tiles]
+        if factors:
+            part = _evidence_of_few(config, variances, *factors, *known)
+        else:
+            part = _search(config, variances, gram[tiles], moment[tiles], *known)
+        for whole, own in zip(found[:-1], part, strict=False):
+            whole[tiles] = own
+    return found
 
 
 def _systems(a, gram, moment):
@@ -297,42 +303,110 @@ def _systems(a, gram, moment):
             *factors, holds = low_rank(gram[some], moment[some], few)
             others[some] = ~holds
             yield some[holds], *(part[holds] for part in factors)
-    yield (others.nonzero()[:, 0],)
+    if others.any():
+        yield (others.nonzero()[:, 0],)
 
 
-def _solve(gram, moment, variances, noise2):
+def _search(config, variances, gram, moment, sum_squares, count):
     """
-    Return squares explained (batch, settings, dim_y), half log determinants (batch, settings).
-
-    :param variances: (kernels, num_functions) of the weights; noise2 (noises,).
+    Return the evidence of tiles (t, ...), solved for settings that are likely.
     """
-    scale, k = variances.sqrt(), moment.shape[-1]
-    scale = torch.cat([scale, scale.new_ones(len(scale), k)], 1)
-    border = bordered(gram, moment).unsqueeze(1) * (scale.unsqueeze(-1) * scale.unsqueeze(-2))
-    explained, half_log = _halfway(border, noise2, k)
-    return explained.flatten(1, 2), half_log.flatten(1, 2)
+    batch, size, k = moment.shape
+    noise2, ridge = _noise2(config, gram), _ridge(config, variances)
+    # Half the log determinant of gram S + r^2, over r^2, less that of gram + r^2 S^-1.
+    constant = (variances.log().sum(1, keepdim=True) - size * noise2.log()).flatten() / 2
+    shape, beside = (batch, len(ridge)), _beside(config).to(gram.device)
+    explained, half_log = gram.new_zeros(*shape, k), gram.new_zeros(shape)
+    is_new = _first(config).to(gram.device).expand(shape)
+    is_solved, parts = torch.zeros_like(is_new), halves(gram, moment)
+    scale = default_scale(config, batch, k, gram.device)
+    while is_new.any():
+        for some in is_new.nonzero().split(MATRICES_AT_ONCE):
+            tile, setting = some.T
+            solved, log_of_solved = eliminate(parts, tile, ridge[setting])
+            explained[tile, setting] = solved
+            half_log[tile, setting] = log_of_solved + constant[setting]
+        is_solved = is_solved | is_new
+        found = _evidence_of(config, explained, half_log, sum_squares, count)
+        logs = log_evidence(config, found, scale).masked_fill(~is_solved.unsqueeze(-1), -inf)
+        is_likely = (logs > logs.amax(1, keepdim=True) - DISMISSED).any(-1)
+        is_new = (is_likely.to(beside) @ beside > 0) & ~is_solved
+    best = logs.argmax(1, keepdim=True)  # (t, 1, dim_y)
+    residual = found.residual.gather(1, best)
+    log_determinant = found.log_determinant.gather(1, best[:, 0]).amax(1, keepdim=True)
+    return found._replace(
+        residual=torch.where(is_solved.unsqueeze(-1), found.residual, residual),
+        log_determinant=torch.where(is_solved, found.log_determinant, log_determinant + DISMISSED),
+    )
 
 
-def _solve_few(rows, right, variances, noise2):
+@cache
+def _places(config):
     """
-    Return the same of sums given by their factors, see `_systems`.
+    Return where settings lie on the grid of smoothness, length and noise ratio, (settings, 3).
     """
-    inner = (rows.unsqueeze(1) * variances.unsqueeze(1)) @ rows.mT.unsqueeze(1)
-    each = right.unsqueeze(1).expand(-1, len(variances), -1, -1)
-    half, half_log = _halfway(bordered(inner, each), noise2, right.shape[-1])
-    explained = right.square().sum(1)[:, None, None] - noise2.unsqueeze(1) * half
-    return explained.flatten(1, 2), half_log.flatten(1, 2)
+    axes = config.smoothnesses, config.lengths, config.noise_ratios
+    return torch.cartesian_prod(*(torch.arange(len(axis)) for axis in axes))
 
 
-def _halfway(border, noise2, k):
+@cache
+def _beside(config):
     """
-    Do as `eliminate` for (batch, kernels, n + k, n + k): (batch, kernels, noises, ...) each.
+    Return which settings are neighbors on the grid, 0 or 1 (settings, settings).
 
-    The half log determinants are less that of the noise alone.
+    So are those of the next longer length and the next less noise: as likely, often, or the best
+    one could hide behind a corner.
     """
-    solved, half_log = eliminate(border.flatten(0, 1), noise2, k)
-    half_log = half_log - (border.shape[-1] - k) / 2 * noise2.log()
-    return (part.unflatten(0, border.shape[:2]) for part in (solved, half_log))
+    place = _places(config)
+    apart = place.unsqueeze(0) - place.unsqueeze(1)
+    length, noise = apart[..., 1], apart[..., 2]
+    is_along = (apart[..., 0] == 0) & (length * noise == -1)
+    return (is_along | (apart.abs().sum(-1) == 1)).double()
+
+
+@cache
+def _first(config):
+    """
+    Return with which settings a search begins, (settings,) bool: every other length and noise.
+    """
+    place = _places(config)
+    is_only = place.amax(0) == 0
+    return ((place % 2 == torch.tensor([0, 1, 1])) | is_only).all(1)
+
+
+def _evidence_of_few(config, variances, rows, right, sum_squares, count):
+    """
+    Return the evidence of tiles given by their factors, see `_systems`.
+    """
+    noise2 = _noise2(config, rows)
+    num, (batch, size, k) = len(variances) * len(noise2), right.shape
+    explained, half_log = rows.new_empty(batch, num, k), rows.new_empty(batch, num)
+    for some in torch.arange(batch).split(max(1, MATRICES_AT_ONCE // num)):
+        own, value = rows[some].unsqueeze(1), right[some].unsqueeze(1)
+        inner = ((own * variances.unsqueeze(1)) @ own.mT).flatten(0, 1)
+        value = value.expand(-1, len(variances), -1, -1).flatten(0, 1)
+        which = torch.arange(len(inner), device=rows.device).repeat_interleave(len(noise2))
+        ridge = noise2.repeat(len(inner))
+        solved, log_of_solved = eliminate(
+            halves(inner, value), which, ridge.unsqueeze(1).expand(-1, size)
+        )
+        log_of_solved = log_of_solved - size / 2 * ridge.log()
+        half_log[some] = log_of_solved.view(-1, num)
+        left = (ridge.unsqueeze(1) * solved).view(-1, num, k)
+        explained[some] = right[some].square().sum(1, keepdim=True) - left
+    return _evidence_of(config, explained, half_log, sum_squares, count)
+
+
+def _evidence_of(config, explained, half_log, sum_squares, count):
+    """
+    Return the evidence by the squares explained (t, settings, dim_y).
+
+    :param half_log: (t, settings), half the log determinant over that of the noise alone.
+    """
+    noise2 = _noise2(config, explained).repeat(len(config.smoothnesses) * len(config.lengths))
+    left = (sum_squares.unsqueeze(1) - explained) / noise2.unsqueeze(-1)
+    log_determinant = half_log + noise2.log() * (count / 2).unsqueeze(1)
+    return Evidence(left.clamp(min=0) / 2, log_determinant, count)
 
 
 def _noise2(config, like):
@@ -342,21 +416,18 @@ def _noise2(config, like):
     return like.new_tensor(config.noise_ratios).square()
 
 
-def _factor(gram, scale, noise2):
+def _ridge(config, variances):
     """
-    Return the Cholesky factor of the precision of weights in units of their prior, times noise2.
-
-    :param gram: (..., functions, functions), scale (..., functions), noise2 (...).
+    Return what the prior of the weights adds to the gram matrix, (settings, functions).
     """
-    precision = gram * (scale.unsqueeze(-1) * scale.unsqueeze(-2))
-    return _noisy_factor(precision, noise2)
+    return (_noise2(config, variances).unsqueeze(1) / variances.unsqueeze(1)).flatten(0, 1)
 
 
-def _noisy_factor(matrix, noise2):
+def _factor(matrix, ridge):
     """
-    Return the Cholesky factor of matrices (..., n, n), which it changes, plus noise2 (...).
+    Return the Cholesky factor of matrices (batch, n, n), which it changes, plus ridge (batch, n).
     """
-    matrix.diagonal(dim1=-2, dim2=-1).add_(noise2.unsqueeze(-1))
+    matrix.diagonal(dim1=1, dim2=2).add_(ridge)
     return cholesky(matrix)
 
 
@@ -433,8 +504,8 @@ def posterior(
         and the share of the tile that was seen.
     """
     gram, moment, sum_squares, count, center, counted = _honest_sums(config, a)
-    noise2_of = _noise2(config, gram)
-    scale_of = variances.to(gram.device).sqrt().repeat_interleave(len(noise2_of), 0)
+    variances, noise2_of = variances.to(gram.device), _noise2(config, gram)
+    ridge, variance_of = _ridge(config, variances), variances.repeat_interleave(len(noise2_of), 0)
     noise2_of = noise2_of.repeat(len(variances))
 
     share = averaged(config, weight)
@@ -444,11 +515,12 @@ def posterior(
     for tiles, *factors in _systems(a, gram, moment):
         for some in (share[tiles] > 0).any(-1).nonzero().split(MATRICES_AT_ONCE):
             place, setting = some.T
-            tile, prior, noise2 = tiles[place], scale_of[setting], noise2_of[setting]
+            tile, noise2 = tiles[place], noise2_of[setting]
             if factors:
-                own = _invert_few(*(part[place] for part in factors), prior, noise2)
+                rows, right = (part[place] for part in factors)
+                own = _invert_few(rows, right, variance_of[setting], noise2)
             else:
-                own = _invert(gram[tile], moment[tile], prior, noise2)
+                own = _invert(gram[tile], moment[tile], ridge[setting], noise2)
             own_covariance, w[tile, setting] = own
             left = sum_squares[tile] - (own[1] * moment[tile]).sum(1)
             residual = left.clamp(min=0) / (2 * noise2.unsqueeze(-1))
@@ -512,29 +584,31 @@ def without(
     )
 
 
-def _invert(gram, moment, scale, noise2):
+def _invert(gram, moment, ridge, noise2):
     """
     Return covariances of the weights (batch, n, n), n functions, and means (batch, n, dim_y).
 
-    :param scale: (batch, n) prior stddev of the weights, in units of the amplitude as all here.
-    :param noise2: (batch,).
+    In units of the squared amplitude, as all here.
+
+    :param ridge: (batch, n), see `_ridge`; `noise2` (batch,).
     """
-    inverse = torch.cholesky_inverse(_factor(gram, scale, noise2))
-    inverse = inverse.mul_(scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    inverse = torch.cholesky_inverse(_factor(gram, ridge))
     mean = inverse @ moment
     return inverse.mul_(noise2[:, None, None]), mean
 
 
-def _invert_few(rows, right, scale, noise2):
+def _invert_few(rows, right, variance, noise2):
     """
     Return the same of sums given by their factors, see `_systems`.
+
+    :param variance: (batch, n), prior of the weights.
     """
-    across = rows * scale.square().unsqueeze(1)
-    factor = _noisy_factor(across @ rows.mT, noise2)
+    across = rows * variance.unsqueeze(1)
+    factor = _factor(across @ rows.mT, noise2.unsqueeze(1))
     solved = torch.linalg.solve_triangular(factor, torch.cat([across, right], -1), upper=False)
     half, right = solved.split([rows.shape[-1], right.shape[-1]], -1)
     covariance = half.mT @ half
-    covariance.neg_().diagonal(dim1=1, dim2=2).add_(scale.square())
+    covariance.neg_().diagonal(dim1=1, dim2=2).add_(variance)
     return covariance, half.mT @ right
 
 

@@ -10,6 +10,7 @@ small wait for each other, for a hundred times as long where another process wan
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,21 +50,35 @@ def _suits_library_of_torch():
     return is_intel and torch.backends.mkl.is_available()
 
 
-def bordered(matrix: Tensor, right: Tensor) -> Tensor:
+class Halves(NamedTuple):
     """
-    Return symmetric matrices with right-hand sides beside and below: what `eliminate` takes.
+    Symmetric matrices with right-hand sides, in the parts that `eliminate` takes.
+    """
 
-    :param matrix: (..., n, n); `right` (..., n, k).
-    :return: (..., n + k, n + k).
+    first: Tensor
+    """(batch, m, m), m about half of the rows."""
+    across: Tensor
+    """(batch, m, n - m + k): the rest of these rows, and of the right-hand sides."""
+    second: Tensor
+    """(batch, n - m + k, n - m + k): the other rows, with right-hand sides beside and below."""
+    num_right: int
+    """k."""
+
+
+def halves(matrix: Tensor, right: Tensor) -> Halves:
     """
-    k = right.shape[-1]
+    Cut matrices (batch, n, n) with right-hand sides (batch, n, k), k at most n, in two.
+    """
+    k, m = right.shape[-1], (matrix.shape[-1] + right.shape[-1]) // 2
     corner = BEYOND * torch.eye(k, dtype=right.dtype, device=right.device)
-    corner = corner.expand(*right.shape[:-2], k, k)
-    above, below = torch.cat([matrix, right], -1), torch.cat([right.mT, corner], -1)
-    return torch.cat([above, below], -2)
+    corner = corner.expand(len(matrix), k, k)
+    below = torch.cat([right[:, m:].mT, corner], 2)
+    rest = torch.cat([torch.cat([matrix[:, m:, m:], right[:, m:]], 2), below], 1)
+    across = torch.cat([matrix[:, :m, m:], right[:, :m]], 2)
+    return Halves(matrix[:, :m, :m].contiguous(), across, rest, k)
 
 
-def eliminate(border: Tensor, ridge: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def eliminate(parts: Halves, which: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
     """
     Solve halfway, with L the Cholesky factor of a matrix plus a ridge on its diagonal.
 
@@ -71,26 +86,20 @@ def eliminate(border: Tensor, ridge: Tensor, k: int) -> tuple[Tensor, Tensor]:
     products, at the full rate of the processor. What is right of a matrix is solved by the last
     rows of the factor of all.
 
-    :param border: (batch, n + k, n + k), see `bordered`.
-    :param ridge: (ridges,); each matrix is solved with each.
-    :param k: number of right-hand sides, at most n.
-    :return: column sums of (L^-1 right)^2, (batch, ridges, k); half the log determinant of the
-        matrix with its ridge, (batch, ridges).
+    :param which: (pairs,), which of the matrices is solved with which ridge, (pairs, n).
+    :return: column sums of (L^-1 right)^2, (pairs, k); half the log determinant of the matrix with
+        its ridge, (pairs,).
     """
-    border, size = border.unsqueeze(1), border.shape[-1]
-    half, rest = size // 2, size - size // 2 - k
-    first = border[..., :half, :half].repeat(1, len(ridge), 1, 1)
-    first.diagonal(dim1=-2, dim2=-1).add_(ridge.unsqueeze(-1))
+    first, across, second = (part.index_select(0, which) for part in parts[:-1])
+    m, rest = first.shape[-1], second.shape[-1] - parts.num_right
+    first.diagonal(dim1=1, dim2=2).add_(ridge[:, :m])
     first = cholesky(first)
-    right = border[..., :half, half:].expand(-1, len(ridge), -1, -1)
-    across = torch.linalg.solve_triangular(first, right, upper=False)
-    second = border[..., half:, half:].repeat(1, len(ridge), 1, 1)
-    second.diagonal(dim1=-2, dim2=-1)[..., :rest].add_(ridge.unsqueeze(-1))
-    second = second.flatten(0, 1).baddbmm_(across.mT.flatten(0, 1), across.flatten(0, 1), alpha=-1)
-    second = cholesky(second).unflatten(0, first.shape[:2])
-    solved = across[..., rest:].square().sum(-2) + second[..., rest:, :rest].square().sum(-1)
-    logs = [part.diagonal(dim1=-2, dim2=-1).log() for part in (first, second[..., :rest, :rest])]
-    return solved, torch.cat(logs, -1).sum(-1)
+    across = torch.linalg.solve_triangular(first, across, upper=False)
+    second.diagonal(dim1=1, dim2=2)[:, :rest].add_(ridge[:, m:])
+    second = cholesky(second.baddbmm_(across.mT, across, alpha=-1))
+    solved = across[..., rest:].square().sum(1) + second[:, rest:, :rest].square().sum(2)
+    logs = [part.diagonal(dim1=1, dim2=2).log() for part in (first, second[:, :rest, :rest])]
+    return solved, torch.cat(logs, 1).sum(1)
 
 
 def low_rank(matrix: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

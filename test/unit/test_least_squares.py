@@ -409,6 +409,62 @@ def evidence_of(config, x, y):
     return variances, folded, least_squares.evidence(config, variances, folded)
 
 
+def waves(config, lengths, noises, dim_y=1):
+    """Return sums of tiles of 300 points each: fields of some lengths, readings of some noises."""
+    generator = torch.Generator().manual_seed(3)
+    x = 4 * torch.rand(len(lengths), 300, 2, generator=generator, dtype=torch.float64) - 2
+    length = torch.tensor(lengths, dtype=torch.float64)[:, None, None]
+    phase = torch.arange(dim_y, dtype=torch.float64)
+    field = (x[..., :1] / length + phase).sin() * (0.7 * x[..., 1:] / length).cos()
+    noise = torch.randn(field.shape, generator=generator, dtype=torch.float64)
+    y = field + torch.tensor(noises, dtype=torch.float64)[:, None, None] * noise
+    return least_squares.sums(config, x, y)
+
+
+@pytest.mark.parametrize('smoothnesses, dim_y', [((1.5,), 1), ((1.5, 2.5), 2)])
+def test_settings_that_are_not_looked_at_are_those_far_below_the_best(
+    monkeypatch, smoothnesses, dim_y
+):
+    config = LeastSquaresConfig(smoothnesses=smoothnesses)
+    folded = waves(config, (0.3, 0.3, 0.6, 0.6, 1.5, 1.5), 3 * (0.01, 0.3), dim_y)
+    variances, solved = least_squares.prior_variances(config, 2), []
+    scale = least_squares.default_scale(config, 6, dim_y)
+
+    def counted(parts, which, ridge):
+        solved.append(len(which))
+        return eliminate(parts, which, ridge)
+
+    eliminate = least_squares.eliminate
+    monkeypatch.setattr(least_squares, 'eliminate', counted)
+    found = least_squares.log_evidence(
+        config, least_squares.evidence(config, variances, folded), scale
+    )
+    num, all_of_them = sum(solved), 6 * least_squares.num_settings(config)
+    monkeypatch.setattr(least_squares, 'DISMISSED', inf)
+    every = least_squares.log_evidence(
+        config, least_squares.evidence(config, variances, folded), scale
+    )
+    assert sum(solved) - num == all_of_them and num < 0.6 * all_of_them
+    least = every.amax(1, keepdim=True) - 15.0
+    is_likely = every > least
+    assert is_likely.sum() > 1.5 * 6 * dim_y
+    torch.testing.assert_close(found[is_likely], every[is_likely], rtol=0, atol=0)
+    assert (found <= least + 1e-9)[~is_likely].all()
+
+
+def test_a_search_for_settings_does_not_depend_on_other_tiles():
+    config = LeastSquaresConfig()
+    folded = waves(config, (0.3, 0.6, 1.5), (0.01, 0.3, 0.1))
+    variances = least_squares.prior_variances(config, 2)
+    together = least_squares.evidence(config, variances, folded)
+    for tile in range(3):
+        alone = least_squares.LeastSquaresSums(*(part[tile : tile + 1] for part in folded))
+        for whole, own in zip(
+            together, least_squares.evidence(config, variances, alone), strict=True
+        ):
+            torch.testing.assert_close(whole[tile : tile + 1], own)
+
+
 @pytest.mark.parametrize('dim_x', [1, 2, 3])
 def test_evidence_is_what_dense_gps_leave_unexplained(dim_x):
     config, x, y, _, _, gps = several_settings(dim_x)
@@ -582,8 +638,11 @@ def test_known_noise_has_plain_gaussian_evidence(dim_x):
     for row, output in product(range(BATCH), range(DIM_Y)):
         arrays = x[row].numpy(), y[row, :, output].numpy(), x_target[row].numpy()
         gps = [KnownNoiseGP(config, *arrays, setting) for setting in settings_of(config)]
-        expected = [gp.log_evidence + N / 2 * np.log(2 * pi) for gp in gps]
-        np.testing.assert_allclose(found[row, :, output], expected, **EXACT)
+        expected = np.array([gp.log_evidence + N / 2 * np.log(2 * pi) for gp in gps])
+        least, own = expected.max() - least_squares.DISMISSED, found[row, :, output].numpy()
+        is_likely = expected > least
+        np.testing.assert_allclose(own[is_likely], expected[is_likely], **EXACT)
+        assert (own[~is_likely] <= least + 1e-8).all()
 
 
 def test_known_noise_leaves_no_room_for_the_prior_of_the_amplitude():

@@ -34,11 +34,10 @@ def test_matrix_that_is_not_positive_definite_is_refused():
 def test_elimination_equals_a_solution_at_once(n, k):
     root = torch.randn(3, n, n, dtype=torch.float64)
     matrix, right = root @ root.mT, torch.randn(3, n, k, dtype=torch.float64)
-    ridge = torch.tensor([0.3, 2.0], dtype=torch.float64)
-    solved, half_log = linalg.eliminate(linalg.bordered(matrix, right), ridge, k)
-    whole = matrix.unsqueeze(1) + ridge[:, None, None] * torch.eye(n, dtype=torch.float64)
-    explained = (right.unsqueeze(1) * torch.linalg.solve(whole, right.unsqueeze(1))).sum(2)
-    torch.testing.assert_close(solved, explained)
+    which, ridge = torch.tensor([2, 0, 2, 1]), torch.rand(4, n, dtype=torch.float64) + 0.3
+    solved, half_log = linalg.eliminate(linalg.halves(matrix, right), which, ridge)
+    whole, right = matrix[which] + torch.diag_embed(ridge), right[which]
+    torch.testing.assert_close(solved, (right * torch.linalg.solve(whole, right)).sum(1))
     torch.testing.assert_close(half_log, torch.linalg.slogdet(whole).logabsdet / 2)
 
 
