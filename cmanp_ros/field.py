@@ -177,6 +177,11 @@ class NeuralField:
         return self.world.tiles.num_dropped
 
     @property
+    def num_far_off(self) -> int:
+        """Observations that the last predictions left out: blunders, as far as can be told."""
+        return self.world.num_far_off
+
+    @property
     def state_nbytes(self) -> int:
         """Memory of the map [bytes], with what predictions keep beside it."""
         return self.world.nbytes

@@ -80,6 +80,11 @@ class Fleet:
         return sum(field.state_nbytes for field in fields)
 
     @property
+    def num_far_off(self) -> int:
+        """Observations that predictions leave out: `NeuralField.num_far_off`."""
+        return (self._combined or self.own).num_far_off
+
+    @property
     def combined(self) -> NeuralField:
         """
         The map to predict from: the own one, or with peers one of all, made anew when needed.

@@ -115,6 +115,7 @@ class Status:
             'tiles_in_memory': node.field.num_tiles_in_memory,
             'tiles_dropped': node.field.num_tiles_dropped,
             'observations_folded': node.field.num_observations,
+            'observations_far_off': node.fleet.num_far_off,
             'newest_observation_age_sec': age,
             'fold_latency_sec': snapshot.latency_sec,
             'answer_latency_sec': node.answers.latency_sec,

@@ -9,6 +9,7 @@ cosines, divided by their sum: those of a level add up to one everywhere.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ class Lattice:
     num_levels: int
     level_factor: int
     """How many times larger the tiles of each level are than those of the one before."""
+    nearest = HALF_WIDTH / REACH / 2  # in tile coordinates: half the way to the next center
 
     def __post_init__(self):
         if not 0 < self.tile_size < float('inf'):
@@ -138,6 +140,7 @@ class OneTile:
     upper: Sequence[float]
     """[m] upper corner."""
     num_levels = 1
+    nearest = inf  # there is no other center
 
     def __post_init__(self):
         check_bounds(self.lower, self.upper)

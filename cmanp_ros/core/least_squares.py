@@ -53,6 +53,8 @@ class Regression(NamedTuple):
     """(batch, dim_y)."""
     summary: Tensor
     """(batch, dim_y, num_summaries): posterior of the hyperparameters, see `posterior`."""
+    num_far_off: Tensor
+    """(batch,): observations that were left out, see `outliers`; each counts in one tile."""
     covariance: Tensor | None
     """(batch, dim_y, num_functions, num_functions); None where only marginals are asked for."""
 
@@ -552,7 +554,7 @@ def posterior(
         -1,
     )
     quadratic = basis.quadratic(config, covariance.flatten(0, 1)).unflatten(0, scale.shape)
-    return Regression(mean, quadratic, noise, summary, covariance)
+    return Regression(mean, quadratic, noise, summary, torch.zeros_like(count), covariance)
 
 
 def weights(

@@ -6,7 +6,7 @@ anew each time a tile is solved, from all that is known then. Nothing is thrown 
 batches do not matter.
 """
 
-from math import log
+from math import inf, log
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ ROUNDS = 3  # after a first one: each shows more readings that are far off
 SETTLED = 1.1  # times the readings of the round before, at most, in the last
 UNEXPLAINED = 0.8  # of the noise variance, at most, where readings are left out
 REAL = 0.1  # chance that what is left out is real after all
+COUNTED = 0.5  # likely to be far off
 
 
 def solve(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums) -> Regression:
@@ -43,17 +44,21 @@ def posterior(
     a: LeastSquaresSums,
     scale: Tensor,
     weight: Tensor,
+    nearest: float = inf,
 ) -> Regression:
     """
     Do as `least_squares.posterior`, without readings that are far off where these can be told.
+
+    :param nearest: half width of the part of a tile that is its own, where no other tile's center
+        is nearer: what is left out there is counted.
     """
     found = least_squares.posterior(config, variances, a, scale, weight)
     if config.outlier_share:
-        _leave_out(config, variances, a, scale, found)
+        _leave_out(config, variances, a, scale, nearest, found)
     return found
 
 
-def _leave_out(config, variances, a, scale, found):
+def _leave_out(config, variances, a, scale, nearest, found):
     """
     Solve tiles again without readings that are far off, where these explain the noise.
 
@@ -89,6 +94,9 @@ def _leave_out(config, variances, a, scale, found):
     now = least_squares.posterior(config, variances, own, scale, weight)
     is_settled = (readings.weight * (chance - SETTLED * before)).sum(1) < 0
     explains = (now.noise_variance < UNEXPLAINED * noise).any(1) & is_settled
+    is_own = ((readings.x >= -nearest) & (readings.x < nearest)).all(-1)
+    is_far_off = (chance > COUNTED) & (readings.weight > 0) & is_own
+    now = now._replace(num_far_off=is_far_off.sum(1).to(noise))
     whole = least_squares.posterior(config, variances, everything, scale, weight)
     for all_tiles, part in zip(found, _mixed(config, now, whole), strict=True):
         all_tiles[tiles[explains]] = part[explains]

@@ -68,6 +68,7 @@ class Solver:
         Prepare what depends on the model and the lattice alone.
         """
         self._model, self._options = model, model.config.least_squares
+        self._nearest = geometry.nearest
         self.neighbourhood = Neighbourhood(self._options, geometry)
         if self._options is not None:
             dim_x = model.config.dim_x
@@ -99,7 +100,9 @@ class Solver:
 
         :param scale: (tiles, dim_y) of the amplitude's prior; `weight` (tiles, settings, dim_y).
         """
-        return outliers.posterior(self._options, self._variances, sums, scale, weight)
+        return outliers.posterior(
+            self._options, self._variances, sums, scale, weight, self._nearest
+        )
 
     def _evidence(self, request):
         """Return the evidence of the unknown, and of all members of all levels."""

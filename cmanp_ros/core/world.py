@@ -135,6 +135,21 @@ class World:
         """Points folded so far, forgotten ones included."""
         return self.tiles.totals['num_observations']
 
+    @property
+    def num_far_off(self) -> int:
+        """
+        Observations that are left out of predictions, see `outliers`.
+
+        Of the level of tiles that finds most, and of the tiles that were solved.
+        """
+        solved = [(row, key) for row, key in self._ready.items() if self.tiles.is_in(row, key)]
+        if self._options is None or not solved:
+            return 0
+        rows, keys = zip(*solved, strict=True)
+        number = Regression(*self._regression.get(torch.tensor(rows))[:-2], None).num_far_off
+        level = torch.tensor([key[0] for key in keys])
+        return int(number.new_zeros(self.geometry.num_levels).index_add_(0, level, number).max())
+
     # Observations --------------------------------------------------------------------------------
 
     def fold(self, x: Tensor, y: Tensor):

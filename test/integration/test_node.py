@@ -418,7 +418,7 @@ def test_status_tells_what_became_of_everything(start_node, client):
     points.publish(cloud(scattered(43)))
     wait_for(lambda: statuses[-1].message.startswith('folding: 43 observations'))
     values = {pair.key: pair.value for pair in statuses[-1].values}
-    assert values['observations_folded'] == '43'
+    assert values['observations_folded'] == '43' and values['observations_far_off'] == '0'
     assert values['messages_rejected_missing_field'] == '1'
     assert int(values['state_bytes']) > 0
     assert wait_for(lambda: arrays)[-1].status[0].name == 'cmanp: field'

@@ -195,6 +195,19 @@ def test_blunders_hardly_change_what_is_predicted():
     assert robust < 0.1 * naive
 
 
+def test_what_is_left_out_is_counted_in_the_part_of_a_tile_that_is_its_own():
+    config = default_config()
+    x, y, is_off = with_blunders()
+    folded, variances = least_squares.sums(config, x, y), least_squares.prior_variances(config, 2)
+    scale = least_squares.default_scale(config, 1, 1)
+    weight = least_squares.weights(config, variances, folded, scale)
+    assert solved(config, x, y).num_far_off.tolist() == [is_off.sum()]
+    for nearest in (0.0, 0.8, Lattice(1.0, 2, 3, 3).nearest):
+        found = outliers.posterior(config, variances, folded, scale, weight, nearest)
+        assert found.num_far_off.tolist() == [((x[0].abs() < nearest).all(-1) & is_off).sum()]
+    assert solved(config, x, y, ~is_off[None]).num_far_off.tolist() == [0]
+
+
 def test_near_a_reading_that_was_left_out_the_bars_are_wider():
     config = default_config()
     x, y, is_off = with_blunders(num=1)
@@ -290,10 +303,13 @@ def test_a_map_with_blunders_predicts_as_one_without():
         model = CMANP(dataclasses.replace(config, least_squares=options)).eval()
         field = NeuralField(model, Lattice.of(model.config, 5.0), Normalization())
         field.observe(x, y + 3.0 * off)
+        assert field.num_far_off == 0  # nothing was solved
         targets = rng.uniform(3, 27, (500, 2))
         mean, stddev = field.predict(targets)
         truth = np.sin(targets[:, 0] / 5) + np.cos(targets[:, 1] / 7)
         errors.append((np.sqrt(np.mean((mean[:, 0] - truth) ** 2)), np.median(stddev)))
+        least, most = (0.85 * off.sum(), 1.2 * off.sum()) if share else (0, 0)
+        assert least <= field.num_far_off <= most
     assert errors[0][0] < 0.6 * errors[1][0] and errors[0][1] < 0.6 * errors[1][1]
 
 
