@@ -272,7 +272,8 @@ def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums)
     y ~ N(phi w, a^2 r^2), a^2 ~ InvGamma(shape, scale). The sums are scaled by `honesty` before.
 
     Many points leave few settings, so not all are solved: a search begins with some of the grid,
-    and goes on beside those that are likely. The others are as the best one, less `DISMISSED`.
+    and goes on beside those that are likely, and beside the best one of each smoothness. The
+    others are as the best of all, less `DISMISSED`.
 
     :param variances: (num_kernels, num_functions) of `prior_variances`.
     """
@@ -331,8 +332,11 @@ def _search(config, variances, gram, moment, sum_squares, count):
         is_solved = is_solved | is_new
         found = _evidence_of(config, explained, half_log, sum_squares, count)
         logs = log_evidence(config, found, scale).masked_fill(~is_solved.unsqueeze(-1), -inf)
-        is_likely = (logs > logs.amax(1, keepdim=True) - DISMISSED).any(-1)
-        is_new = (is_likely.to(beside) @ beside > 0) & ~is_solved
+        is_likely = logs > logs.amax(1, keepdim=True) - DISMISSED
+        each = logs.unflatten(1, (len(config.smoothnesses), -1))
+        is_best = (each == each.amax(2, keepdim=True)).flatten(1, 2)  # of its smoothness
+        around = (is_likely | is_best).any(-1).to(beside)
+        is_new = (around @ beside > 0) & ~is_solved
     best = logs.argmax(1, keepdim=True)  # (t, 1, dim_y)
     residual = found.residual.gather(1, best)
     log_determinant = found.log_determinant.gather(1, best[:, 0]).amax(1, keepdim=True)
@@ -371,9 +375,8 @@ def _first(config):
     """
     Return with which settings a search begins, (settings,) bool: every other length and noise.
     """
-    place = _places(config)
-    is_only = place.amax(0) == 0
-    return ((place % 2 == torch.tensor([0, 1, 1])) | is_only).all(1)
+    place = _places(config)[:, 1:]
+    return ((place % 2 == 1) | (place.amax(0) == 0)).all(1)
 
 
 def _evidence_of_few(config, variances, rows, right, sum_squares, count):

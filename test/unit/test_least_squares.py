@@ -421,7 +421,7 @@ def waves(config, lengths, noises, dim_y=1):
     return least_squares.sums(config, x, y)
 
 
-@pytest.mark.parametrize('smoothnesses, dim_y', [((1.5,), 1), ((1.5, 2.5), 2)])
+@pytest.mark.parametrize('smoothnesses, dim_y', [((1.5,), 1), ((1.5, inf), 1), ((1.5, 2.5), 2)])
 def test_settings_that_are_not_looked_at_are_those_far_below_the_best(
     monkeypatch, smoothnesses, dim_y
 ):
