@@ -146,7 +146,8 @@ class World:
         if self._options is None or not solved:
             return 0
         rows, keys = zip(*solved, strict=True)
-        number = Regression(*self._regression.get(torch.tensor(rows))[:-2], None).num_far_off
+        place = Regression._fields.index('num_far_off')
+        (number,) = self._regression.get(torch.tensor(rows), slice(place, place + 1))
         level = torch.tensor([key[0] for key in keys])
         return int(number.new_zeros(self.geometry.num_levels).index_add_(0, level, number).max())
 
@@ -634,8 +635,9 @@ class _Cache:
         for whole, part in zip(self._parts, parts, strict=True):
             whole[rows] = part[is_new]
 
-    def get(self, rows):
-        return [part[rows] for part in self._parts]
+    def get(self, rows, which=slice(None)):
+        """Return the parts of rows: which of them, or all."""
+        return [part[rows] for part in self._parts[which]]
 
 
 def _check_finite(keys, state):
