@@ -287,7 +287,7 @@ def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums)
             part = _evidence_of_few(config, variances, *factors, *known)
         else:
             part = _search(config, variances, gram[tiles], moment[tiles], *known)
-        for whole, own in zip(found[:-1], part, strict=False):
+        for whole, own in zip(found, part, strict=True):
             whole[tiles] = own
     return found
 
@@ -314,10 +314,9 @@ def _search(config, variances, gram, moment, sum_squares, count):
     """
     Return the evidence of tiles (t, ...), solved for settings that are likely.
     """
-    batch, size, k = moment.shape
-    noise2, ridge = _noise2(config, gram), _ridge(config, variances)
-    # Half the log determinant of gram S + r^2, over r^2, less that of gram + r^2 S^-1.
-    constant = (variances.log().sum(1, keepdim=True) - size * noise2.log()).flatten() / 2
+    batch, _, k = moment.shape
+    ridge = _ridge(config, variances)
+    constant = -ridge.log().sum(1) / 2  # half the log determinant of S / r^2
     shape, beside = (batch, len(ridge)), _beside(config).to(gram.device)
     explained, half_log = gram.new_zeros(*shape, k), gram.new_zeros(shape)
     is_new = _first(config).to(gram.device).expand(shape)
@@ -383,8 +382,8 @@ def _evidence_of_few(config, variances, rows, right, sum_squares, count):
     """
     Return the evidence of tiles given by their factors, see `_systems`.
     """
-    noise2 = _noise2(config, rows)
-    num, (batch, size, k) = len(variances) * len(noise2), right.shape
+    noise2, num = _noise2(config, rows), num_settings(config)
+    batch, size, k = right.shape
     explained, half_log = rows.new_empty(batch, num, k), rows.new_empty(batch, num)
     for some in torch.arange(batch).split(max(1, MATRICES_AT_ONCE // num)):
         own, value = rows[some].unsqueeze(1), right[some].unsqueeze(1)
@@ -408,7 +407,7 @@ def _evidence_of(config, explained, half_log, sum_squares, count):
 
     :param half_log: (t, settings), half the log determinant over that of the noise alone.
     """
-    noise2 = _noise2(config, explained).repeat(len(config.smoothnesses) * len(config.lengths))
+    noise2 = _noise2_of_settings(config, explained)
     left = (sum_squares.unsqueeze(1) - explained) / noise2.unsqueeze(-1)
     log_determinant = half_log + noise2.log() * (count / 2).unsqueeze(1)
     return Evidence(left.clamp(min=0) / 2, log_determinant, count)
@@ -419,6 +418,14 @@ def _noise2(config, like):
     Return the squared noise ratios, (noises,).
     """
     return like.new_tensor(config.noise_ratios).square()
+
+
+def _noise2_of_settings(config, like):
+    """
+    Return the squared noise ratio of every setting, (settings,).
+    """
+    noise2 = _noise2(config, like)
+    return noise2.repeat(num_settings(config) // len(noise2))
 
 
 def _ridge(config, variances):
@@ -472,8 +479,7 @@ def _amplitudes(config, e, scale):
     """
     Return `_amplitude` of every setting, (batch, settings, dim_y).
     """
-    noise2 = _noise2(config, e.residual)
-    noise2 = noise2.repeat(e.residual.shape[1] // len(noise2))
+    noise2 = _noise2_of_settings(config, e.residual)
     return _amplitude(config, noise2, e.residual, e.count.unsqueeze(1), scale.unsqueeze(1))
 
 
@@ -509,9 +515,9 @@ def posterior(
         and the share of the tile that was seen.
     """
     gram, moment, sum_squares, count, center, counted = _honest_sums(config, a)
-    variances, noise2_of = variances.to(gram.device), _noise2(config, gram)
-    ridge, variance_of = _ridge(config, variances), variances.repeat_interleave(len(noise2_of), 0)
-    noise2_of = noise2_of.repeat(len(variances))
+    variances, noise2_of = variances.to(gram.device), _noise2_of_settings(config, gram)
+    ridge = _ridge(config, variances)
+    variance_of = variances.repeat_interleave(len(config.noise_ratios), 0)
 
     share = averaged(config, weight)
     w, noise = moment.new_zeros(*weight.shape[:2], *moment.shape[1:]), torch.zeros_like(scale)
