@@ -116,7 +116,8 @@ class Refresher:
 
     def _get_help(self):
         p, field = self._node.parameters, self._node.field
-        if not self._may_have_helper or p.max_processes < 2 or p.device != 'cpu':
+        may_have = self._may_have_helper and p.max_processes > 1 and p.device == 'cpu'
+        if self._helper is not None or not may_have:
             return
         self._node.get_logger().info(
             'observations come faster than one process folds and solves them: a second one is '

@@ -63,6 +63,15 @@ def held(helped, monkeypatch):
     return helped, waiting
 
 
+def test_a_node_that_is_late_again_keeps_the_help_it_has(helped, monkeypatch):
+    """Another one would have to start first, and answers would get old meanwhile."""
+    helper = helped.refresher._helper
+    monkeypatch.setattr(type(helped.worker), 'num_waiting', 1)
+    for _ in range(2 * refresher.PATIENCE):
+        helped.in_background(helped.refresher.end_fold).result()
+    assert helped.refresher._helper is helper and helper.is_ready
+
+
 def ask(node, client, x, query_id):
     """Return mean and stddev that the node answers, and the message."""
     found = client.collect(Prediction, 'cmanp/prediction', 10)
