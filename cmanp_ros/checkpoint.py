@@ -24,7 +24,7 @@ from cmanp_ros.core.state import from_tensors
 from cmanp_ros.core.tiles import keys_of
 
 MODEL, MAP = 'cmanp_ros model', 'cmanp_ros map'
-FORMAT_VERSION = {MODEL: 3, MAP: 5}
+FORMAT_VERSION = {MODEL: 3, MAP: 6}
 
 
 class OtherWeightsError(CheckpointError):

@@ -20,7 +20,7 @@ from cmanp_ros.core.errors import (
     InputError,
     StateMismatchError,
 )
-from cmanp_ros.core.lattice import REACH, geometry
+from cmanp_ros.core.lattice import ANSWERS, geometry
 from cmanp_ros.core.solver import Request, Solution
 from cmanp_ros.core.tiles import keys_of
 from cmanp_ros.store import TileStore
@@ -454,7 +454,8 @@ class NeuralField:
 
         :param x: (n, dim_x) [m], finite.
         """
-        cover = self.geometry.cover(self._tensor(_as_matrix(x, self.model.config.dim_x, 'x')), 0)
+        x = self._tensor(_as_matrix(x, self.model.config.dim_x, 'x'))
+        cover = self.geometry.answering(x, 0)
         keys, tile = cover.key.cpu().unique(dim=0, return_inverse=True)
         holds_data = torch.tensor([key in self.world.tiles for key in keys_of(keys)])
         known = np.zeros(len(x), bool)
@@ -463,7 +464,7 @@ class NeuralField:
 
     def tiles_in_memory(self, level=0) -> np.ndarray:
         """
-        Return lower and upper corner [m] of the tiles in memory, (tiles, 2, dim_x).
+        Return lower and upper corner [m] of where tiles in memory answer, (tiles, 2, dim_x).
 
         :param level: 0 is the finest.
         """
@@ -471,7 +472,8 @@ class NeuralField:
         if isinstance(self.geometry, OneTile):
             return np.array([[self.geometry.lower, self.geometry.upper] for _ in keys])
         index = np.array(keys).reshape(len(keys), self.geometry.dim_x)
-        return np.stack([index - REACH, index + REACH], axis=1) * self.geometry.spacing(level)
+        corners = np.stack([index - ANSWERS, index + ANSWERS], axis=1)
+        return corners * self.geometry.spacing(level)
 
     def predict(self, x, renew: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """

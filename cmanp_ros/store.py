@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cmanp_ros.core.errors import CheckpointError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 APPLICATION_ID = int.from_bytes(b'cmnp', 'big')  # by which SQLite files are told apart
 
 Key = tuple[int, ...]

@@ -97,7 +97,7 @@ def _add_options(parser, study):
         '--cache', default='build/evaluation', help='folder for predictions of slow peers'
     )
     if study == 'tracks':
-        parser.add_argument('--tile-size', type=float, default=30.0, help='[km]')
+        parser.add_argument('--tile-size', type=float, default=22.5, help='[km]')
         parser.add_argument('--limit', type=int, help='only so many soundings')
         return
     from cmanp_ros.evaluation.windows import TILE_SIZE
@@ -117,7 +117,7 @@ def _add_prior_options(parser):
     parser.add_argument('--num-tasks', type=int, default=48, help='for each setting')
     parser.add_argument('--num-context', type=int, nargs='+', default=[32, 128, 256, 1024])
     parser.add_argument('--kind', nargs='+', default=['prior'], help='of fields: see the study')
-    parser.add_argument('--tile-size', type=float, default=1.0, help='the map spans 4')
+    parser.add_argument('--tile-size', type=float, default=0.75, help='the map spans 4')
     parser.set_defaults(seed=123)
 
 

@@ -1,9 +1,10 @@
 """
 Where tiles lie: square tiles on a lattice in several levels, or one tile over a workspace.
 
-In tile coordinates a tile spans [-2, 2] along every axis. On a lattice neighbouring tiles overlap,
-so that a location lies in one or two tiles of a level along each axis. Their windows are squared
-cosines, divided by their sum: those of a level add up to one everywhere.
+In tile coordinates a tile spans [-2, 2] along every axis. On a lattice neighbouring tiles overlap:
+a tile folds all that lies within its borders, and one of the finest answers in the middle of it,
+where it has seen what is around. So one or two tiles of a level answer along each axis. Their
+windows are squared cosines, divided by their sum: those of a level add up to one everywhere.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from cmanp_ros.core.config import CMANPConfig
 from cmanp_ros.core.errors import ConfigError
 
 HALF_WIDTH = 2.0  # of a tile, in tile coordinates
-REACH = 0.75  # [spacings] from the center of a tile to its borders
+ANSWERS = 0.75  # [spacings] from the center of a tile to where others answer alone
+REACH, REACH_OF_COARSER = 1.0, ANSWERS  # [spacings] from the center of a tile to its borders
 FARTHEST = 2.0**40  # [tiles] from the origin: beyond it neighbours could not be told apart
 
 
@@ -33,7 +35,7 @@ class Cover(NamedTuple):
     x: Tensor
     """(pairs, dim_x): the location in tile coordinates."""
     window: Tensor
-    """(pairs,): weight of the tile, towards 0 at its border."""
+    """(pairs,): weight of the tile in an answer; 0 where others answer alone."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,17 @@ class Lattice:
     """
     An unbounded lattice; the origin of the map frame is the center of a tile in every level.
 
-    Tile k of a level with spacing h spans ((k - 0.75) h, (k + 0.75) h) along each axis.
+    Tile k of a level with spacing h spans ((k - r) h, (k + r) h) along each axis: r is 1 for the
+    finest tiles, so that any location lies in two of them, and 0.75 for the others, which have
+    more to go by. All of them answer within 0.75 h of their centers.
     """
 
     tile_size: float
-    """[m] spacing of the finest tiles; each spans 1.5 of them."""
+    """[m] spacing of the finest tiles, each of which reaches as far to all sides."""
     dim_x: int
     num_levels: int
     level_factor: int
     """How many times larger the tiles of each level are than those of the one before."""
-    nearest = HALF_WIDTH / REACH / 2  # in tile coordinates: half the way to the next center
 
     def __post_init__(self):
         if not 0 < self.tile_size < float('inf'):
@@ -62,9 +65,14 @@ class Lattice:
         """Return the lattice that a model's levels are made for."""
         return cls(tile_size, config.dim_x, config.num_levels, config.level_factor)
 
-    def spacing(self, level: int | Tensor):
+    def reach(self, level: int) -> float:
+        """Return how far it is from the center of a tile to its borders, in spacings."""
+        return REACH_OF_COARSER if level else REACH
+
+    def spacing(self, level: int) -> float:
         """Return the distance [m] between neighbouring tiles of a level; 0 is the finest."""
-        return self.tile_size * self.level_factor**level
+        half_width = self.tile_size * REACH * self.level_factor**level  # of its tiles
+        return half_width / self.reach(level)
 
     def contains(self, x: Tensor) -> Tensor:
         """Return which locations (n, dim_x) [m] can be covered, (n,) bool; NaN can not."""
@@ -72,7 +80,7 @@ class Lattice:
 
     def cover(self, x: Tensor, level: int | None = None) -> Cover:
         """
-        Return every tile that covers each location.
+        Return every tile that each location lies in: those that fold it.
 
         :param x: (n, dim_x) [m].
         :param level: of which level only; None: of all.
@@ -80,20 +88,27 @@ class Lattice:
         levels = range(self.num_levels) if level is None else (level,)
         return Cover(*map(torch.cat, zip(*(self._cover(x, one) for one in levels), strict=True)))
 
+    def answering(self, x: Tensor, level: int | None = None) -> Cover:
+        """Return every tile that answers at each location (n, dim_x) [m]; see `cover`."""
+        cover = self.cover(x, level)
+        answers = cover.window > 0
+        return Cover(*(part[answers] for part in cover))
+
     def _cover(self, x, level):
         position = x.double() / self.spacing(level)  # (n, dim_x)
         first = position.floor()
         beyond = (position - first).unsqueeze(1) - position.new_tensor([0, 1]).unsqueeze(-1)
-        u = beyond * (HALF_WIDTH / REACH)
-        window = torch.where(u.abs() < HALF_WIDTH, torch.cos(u * (torch.pi / 4)).square(), 0.0)
-        window = window / window.sum(1, keepdim=True)  # (n, 2, dim_x): one axis at a time
+        u = beyond * (HALF_WIDTH / self.reach(level))  # (n, 2, dim_x)
+        window = torch.cos(beyond * (torch.pi / (2 * ANSWERS))).square()
+        window = torch.where(beyond.abs() < ANSWERS, window, 0.0)
+        window = window / window.sum(1, keepdim=True)  # one axis at a time
         steps = torch.tensor(list(product((0, 1), repeat=self.dim_x)), device=x.device)
         axes = torch.arange(self.dim_x, device=x.device)
         window = window[:, steps, axes].prod(-1)  # (n, 2**dim_x)
-        index, which = (window > 0).nonzero(as_tuple=True)
-        u = u[index.unsqueeze(1), steps[which], axes]
+        u = u[:, steps, axes]
+        index, which = (u.abs() < HALF_WIDTH).all(-1).nonzero(as_tuple=True)
         key = torch.nn.functional.pad(first.long()[index] + steps[which], (1, 0), value=level)
-        return index, key, u, window[index, which]
+        return index, key, u[index, which], window[index, which]
 
     def order(self, x: Tensor) -> Tensor:
         """Return an order (n,) of locations in which those of a tile of any level are together."""
@@ -122,7 +137,14 @@ class Lattice:
 
     def center(self, key: Tensor) -> Tensor:
         """Return the centers [m] of tiles (n, 1 + dim_x), (n, dim_x)."""
-        return key[:, 1:] * self.spacing(key[:, :1].double())
+        spacings = [self.spacing(level) for level in range(self.num_levels)]
+        spacings = torch.tensor(spacings, dtype=torch.float64, device=key.device)
+        return key[:, 1:] * spacings[key[:, :1]]
+
+    def nearest(self, key: Tensor) -> Tensor:
+        """Return how far it is half the way to the next center, in tile coordinates, (n,)."""
+        reaches = [self.reach(level) for level in range(self.num_levels)]
+        return HALF_WIDTH / 2 / torch.tensor(reaches, device=key.device)[key[:, 0]]
 
     def to_dict(self) -> dict:
         """Return plain values, ready for JSON."""
@@ -140,7 +162,6 @@ class OneTile:
     upper: Sequence[float]
     """[m] upper corner."""
     num_levels = 1
-    nearest = inf  # there is no other center
 
     def __post_init__(self):
         check_bounds(self.lower, self.upper)
@@ -167,6 +188,10 @@ class OneTile:
         key = torch.zeros(len(x), 1 + self.dim_x, dtype=torch.int64, device=x.device)
         return Cover(index, key, u, torch.ones_like(u[:, 0]))
 
+    def answering(self, x: Tensor, level: int | None = None) -> Cover:
+        """Return the one tile for each location (n, dim_x) [m]: it answers wherever it is."""
+        return self.cover(x, level)
+
     def order(self, x: Tensor) -> Tensor:
         """Return the locations (n, dim_x) as they come; see `Lattice.order`."""
         return torch.arange(len(x), device=x.device)
@@ -174,6 +199,10 @@ class OneTile:
     def neighbours(self, key: Tensor, radius: float) -> tuple[Tensor, Tensor]:
         """Return each tile alone; see `Lattice.neighbours`."""
         return key.unsqueeze(1), torch.zeros(1, dtype=torch.float64, device=key.device)
+
+    def nearest(self, key: Tensor) -> Tensor:
+        """Return infinity, (n,): there is no other center; see `Lattice.nearest`."""
+        return torch.full_like(key[:, 0], inf, dtype=torch.float64)
 
     def to_dict(self) -> dict:
         """Return plain values, ready for JSON."""

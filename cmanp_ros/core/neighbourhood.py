@@ -20,7 +20,7 @@ from cmanp_ros.core.tiles import Key, keys_of
 
 SHARE_OF_NEIGHBOURS = 4.0  # weight of their evidence, all together; that of the tile itself is 1
 NEAR = 1.75  # [tiles] neighbours: those that overlap
-NEAR_FINEST = {1: 3.0, 2: 3.0, 3: 2.0}  # by dim_x: tiles of the finest level have few points
+NEAR_FINEST = {1: 3.0, 2: 2.3, 3: 2.0}  # by dim_x: tiles of the finest level have few points
 WEIGHT_STEP = 1 / 4  # of the weights of hyperparameters, relative to the largest
 SCALE_STEP = 0.25  # of the log of the amplitude's prior scale
 
@@ -139,5 +139,5 @@ class Neighbourhood:
         Return the coarsest tiles over the centers of tiles: index, window, names.
         """
         centers = self._geometry.center(torch.tensor(keys))
-        cover = self._geometry.cover(centers, self._geometry.num_levels - 1)
+        cover = self._geometry.answering(centers, self._geometry.num_levels - 1)
         return cover.index, cover.window, keys_of(cover.key)

@@ -44,16 +44,17 @@ def posterior(
     a: LeastSquaresSums,
     scale: Tensor,
     weight: Tensor,
-    nearest: float = inf,
+    nearest: Tensor | None = None,
 ) -> Regression:
     """
     Do as `least_squares.posterior`, without readings that are far off where these can be told.
 
-    :param nearest: half width of the part of a tile that is its own, where no other tile's center
-        is nearer: what is left out there is counted.
+    :param nearest: (batch,) half width of the part of a tile that is its own, where no other
+        tile's center is nearer: what is left out there is counted. None: all of it is.
     """
     found = least_squares.posterior(config, variances, a, scale, weight)
     if config.outlier_share:
+        nearest = a.count.new_full(a.count.shape, inf) if nearest is None else nearest
         _leave_out(config, variances, a, scale, nearest, found)
     return found
 
@@ -79,7 +80,7 @@ def _leave_out(config, variances, a, scale, nearest, found):
     if not len(some):
         return
     tiles, chance, honesty = tiles[some], chance[some], honesty[some]
-    scale = scale[tiles]
+    scale, nearest = scale[tiles], nearest[tiles].view(-1, 1, 1)
     everything, readings = _some_of(everything, some), _some_of(readings, some)
     noise = now.noise_variance[some]
     own = least_squares.without(config, everything, readings, readings.weight * chance)

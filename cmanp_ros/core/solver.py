@@ -68,7 +68,7 @@ class Solver:
         Prepare what depends on the model and the lattice alone.
         """
         self._model, self._options = model, model.config.least_squares
-        self._nearest = geometry.nearest
+        self._geometry = geometry
         self.neighbourhood = Neighbourhood(self._options, geometry)
         if self._options is not None:
             dim_x = model.config.dim_x
@@ -90,19 +90,27 @@ class Solver:
         inputs = torch.cat([request.version.unsqueeze(1).double(), inputs], 1)
         stale = (inputs != request.before).any(1).nonzero()[:, 0]
         solved = self._marginals(
-            LeastSquaresSums(*(part[stale] for part in request.sums)), scale[stale], weight[stale]
+            LeastSquaresSums(*(part[stale] for part in request.sums)),
+            scale[stale],
+            weight[stale],
+            self._geometry.nearest(torch.tensor(request.wanted)[stale]),
         )
         return Solution(latents, found, inputs, stale, solved)
 
-    def posterior(self, sums: LeastSquaresSums, scale: Tensor, weight: Tensor) -> Regression:
+    def posterior(
+        self,
+        sums: LeastSquaresSums,
+        scale: Tensor,
+        weight: Tensor,
+        nearest: Tensor | None = None,
+    ) -> Regression:
         """
         Solve regressions whose hyperparameters are known.
 
         :param scale: (tiles, dim_y) of the amplitude's prior; `weight` (tiles, settings, dim_y).
+        :param nearest: (tiles,), see `outliers.posterior`.
         """
-        return outliers.posterior(
-            self._options, self._variances, sums, scale, weight, self._nearest
-        )
+        return outliers.posterior(self._options, self._variances, sums, scale, weight, nearest)
 
     def _evidence(self, request):
         """Return the evidence of the unknown, and of all members of all levels."""
@@ -120,13 +128,14 @@ class Solver:
             whole[request.unknown], whole[~request.unknown] = unknown, known
         return found, Evidence(*merged)
 
-    def _marginals(self, sums, scale, weight):
+    def _marginals(self, sums, *hyperparameters):
         """Return regressions without their covariances, and their hyperparameters."""
 
         def solve(sums, hyperparameters):
-            return (*self.posterior(sums, *hyperparameters)[:-1], *hyperparameters)
+            scale, weight, nearest = hyperparameters
+            return *self.posterior(sums, scale, weight, nearest)[:-1], scale, weight
 
-        return _in_parts(solve, SOLVED_AT_ONCE, sums, (scale, weight))
+        return _in_parts(solve, SOLVED_AT_ONCE, sums, hyperparameters)
 
     def _latents(self, sums):
         return _in_parts(self._model.latents, ENCODED_AT_ONCE, sums)

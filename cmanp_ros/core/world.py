@@ -478,7 +478,7 @@ class World:
 
         :param renew: see `predict`.
         """
-        cover = self.geometry.cover(x)
+        cover = self.geometry.answering(x)
         keys, tile = _unique(cover.key)
         known = [key for key in keys if key in self.tiles]
         if some := known if renew else self._not_ready(known):
@@ -564,7 +564,7 @@ class World:
 
     def _fitting(self, x, chunk):
         if len(self.tiles) > self.tiles.num_in_memory and len(chunk) > 1:
-            keys = _unique(self.geometry.cover(x[chunk]).key)[0]
+            keys = _unique(self.geometry.answering(x[chunk]).key)[0]
             keys = [key for key in keys if key in self.tiles]
             needed = sum(
                 len(members) for _, members in self._solver.neighbourhood.levels(keys, self.tiles)

@@ -193,7 +193,7 @@ ONE_TILE = LeastSquaresConfig(
 """What the prior says, as far as 16 functions per axis can: chosen on draws of other seeds."""
 
 
-def methods(checkpoint='field', tile_size: float = 1.0) -> dict[str, Callable]:
+def methods(checkpoint='field', tile_size: float = 0.75) -> dict[str, Callable]:
     """
     Return what is scored: the ceiling, one tile made for this prior, and a model as it is.
 

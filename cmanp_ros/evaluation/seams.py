@@ -29,10 +29,10 @@ class Seams(NamedTuple):
 
 
 def where_tiles_change(lattice: Lattice, x: Tensor, level: int) -> Tensor:
-    """Move places (n, dim_x) along the first axis to where another tile of a level covers them."""
+    """Move places (n, dim_x) along the first axis to where another tile of a level answers."""
 
     def covering(x):
-        cover = lattice.cover(x)
+        cover = lattice.answering(x)
         own, found = cover.key[:, 0] == level, [set() for _ in x]
         for i, key in zip(cover.index[own].tolist(), keys_of(cover.key[own]), strict=True):
             found[i].add(key)

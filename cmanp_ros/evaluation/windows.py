@@ -16,7 +16,7 @@ from cmanp_ros.optional import library
 
 FILE = 'jacksboro_fault_dem.npz'
 STDDEV = 0.65  # of the heights of a window
-TILE_SIZE = 0.48  # of our maps of windows, which span 4
+TILE_SIZE = 0.36  # of our maps of windows, which span 4
 MAX_TARGETS = 1000
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 HALF_WIDTH = 2.0
+SPACING = 0.75  # of the finest tiles, in the units in which worlds are drawn
 PARKED = 0.1  # share of worlds
 NUM_FEATURES = 512  # random Fourier features of a training field: cheap, close to Gaussian
 
@@ -92,6 +93,7 @@ def world_task(generator, max_context=1200, num_target=48, dim_x=2) -> WorldTask
         y = torch.where(wrong, y + side * size, y)
     offset = torch.randn(1, dtype=torch.float64, generator=generator)
     y = log_uniform(0.02, 1.5) * y + offset * chance(0.7)
+    x_context, x_target = x_context / SPACING, x_target / SPACING
     return WorldTask(x_context, y[:num_context], x_target, y[num_context:])
 
 

@@ -22,25 +22,33 @@ from cmanp_ros.field import NeuralField
 KILLS = int(os.environ.get('CMANP_KILLS', 2))
 PERIOD_SEC = 0.3  # of saving; kills are at moments within three of them
 BOUNDS = (-25.0, -25.0), (25.0, 25.0)
-NUM_LEVELS, VOXELS = 3, 15  # along each axis of a tile, which spans one and a half spacings
+NUM_LEVELS, VOXELS = 3, 15  # along each axis of a tile; above the finest it spans 1.5 spacings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 + 40 * KILLS)]
 
 
 def points_of_levels(keys, voxel_counts):
     """
-    Return how many points each level holds; tiles that overlap have the same in every voxel.
+    Return how many points each level holds; tiles that overlap hold the same.
+
+    Every other one of the finest tiles begins where the last one ends: four sets, in each of which
+    is every point. Coarser ones overlap by whole voxels, and have the same in each of these.
 
     :param voxel_counts: (tiles, VOXELS**2).
     """
+    finest = {(i, j): 0.0 for i in (0, 1) for j in (0, 1)}
     of_level, spacing = [{} for _ in range(NUM_LEVELS)], round(VOXELS / 1.5)  # in voxels
     for (level, *tile), counts in zip(keys, voxel_counts, strict=True):
+        if level == 0:
+            finest[tile[0] % 2, tile[1] % 2] += counts.sum()
+            continue
         counts = counts.reshape(VOXELS, VOXELS)
         for voxel in zip(*counts.nonzero(), strict=True):
             place = tuple(spacing * k + int(i) for k, i in zip(tile, voxel, strict=True))
             count = of_level[level].setdefault(place, counts[voxel])
             assert count == counts[voxel], 'torn'
-    return [sum(counts.values()) for counts in of_level]
+    assert len(set(finest.values())) == 1, 'torn'
+    return [finest[0, 0], *(sum(counts.values()) for counts in of_level[1:])]
 
 
 class Content:

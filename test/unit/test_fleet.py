@@ -62,7 +62,7 @@ def test_without_peers_it_is_the_own_map_and_no_other():
 
 @pytest.mark.parametrize('paged', [False, True], ids=['in memory', 'own paged to a store'])
 def test_the_maps_of_three_robots_are_one_map_of_all_observations(paged, tmp_path):
-    options = {'path': tmp_path, 'max_tiles': 23} if paged else {}
+    options = {'path': tmp_path, 'max_tiles': 29} if paged else {}
     own, left, right = fleet_of(0, 1, **options), fleet_of(1, 2), fleet_of(3)
     before = content(own.own)
     assert send(left, own).reason is None

@@ -16,7 +16,8 @@ SIZE = {1: 0.7, 2: 1.3, 3: 2.1}  # [m]: no binary fraction
 DIMS = pytest.mark.parametrize('dim', [1, 2, 3])
 EXACT = {'rtol': 0, 'atol': 1e-12}
 FAR = 1e6  # [m]
-REACH = 0.75  # [spacings] of a tile to both sides of its center
+REACH = [1.0, 0.75, 0.75]  # [spacings] of a tile to both sides of its center, by level
+ANSWERS = 0.75  # [spacings] to both sides of its center
 
 
 def lattice(dim, **overrides):
@@ -25,7 +26,7 @@ def lattice(dim, **overrides):
 
 
 def spacings(dim):
-    return [SIZE[dim], SIZE[dim] * 3, SIZE[dim] * 9]  # [m]
+    return [SIZE[dim], SIZE[dim] * 4, SIZE[dim] * 12]  # [m]
 
 
 def points(dim, n=N, around=0.0, spread=40.0):
@@ -50,7 +51,8 @@ def numpy_cover(dim, x):
     """
     Return window and tile coordinates by (point, tile), from the definition of a tile.
 
-    Tile k of spacing h is centered on k h and spans 1.5 h: [-2, 2] in its own coordinates.
+    Tile k of spacing h is centered on k h and spans 2 h, above the finest level 1.5 h: [-2, 2] in
+    its own coordinates. It answers within 0.75 h of its center.
     """
     found = {}
     for (i, point), (level, h) in product(enumerate(x.numpy()), enumerate(spacings(dim))):
@@ -58,12 +60,13 @@ def numpy_cover(dim, x):
         for value in point:
             near = round(value / h)
             around = range(near - 5, near + 6)
-            ranges.append([k for k in around if (k - REACH) * h < value < (k + REACH) * h])
+            r = REACH[level]
+            ranges.append([k for k in around if (k - r) * h < value < (k + r) * h])
         own = {}
         for tile in product(*ranges):
             beyond = np.array([v / h - k for v, k in zip(point, tile, strict=True)])
-            u = beyond * 2 / REACH
-            own[tile] = np.prod(np.cos(np.pi / 4 * u) ** 2), u
+            hat = np.cos(np.pi / 2 * beyond / ANSWERS) ** 2
+            own[tile] = np.prod(np.where(abs(beyond) < ANSWERS, hat, 0)), beyond * 2 / REACH[level]
         total = sum(window for window, _ in own.values())
         for tile, (window, u) in own.items():
             found[i, (level, *tile)] = window / total, u
@@ -86,11 +89,24 @@ def test_windows_of_a_level_sum_to_one_everywhere(dim):
 @DIMS
 def test_each_location_lies_in_one_or_two_tiles_of_each_level_along_an_axis(dim):
     x = everywhere(dim)
-    pairs = windows_of(lattice(dim).cover(x))
-    for i, level in product(range(len(x)), range(NUM_LEVELS)):
-        number = sum(pair[0] == i and pair[1][0] == level for pair in pairs)
-        assert number in [2**axes for axes in range(dim + 1)]
-    assert len(pairs) < len(x) * NUM_LEVELS * 1.7**dim  # 1.5 on average
+    for cover, means in (('cover', REACH), ('answering', [ANSWERS] * NUM_LEVELS)):
+        pairs = windows_of(getattr(lattice(dim), cover)(x))
+        for level, mean in enumerate(means):
+            own = [pair[0] for pair in pairs if pair[1][0] == level]
+            numbers = np.bincount(own, minlength=len(x))
+            assert set(numbers) <= {2**axes for axes in range(dim + 1)}
+            assert len(own) < len(x) * (2 * mean + 0.2) ** dim  # 2 mean on average
+            assert level or cover == 'answering' or (numbers == 2**dim).all()
+
+
+@DIMS
+def test_those_that_answer_are_those_with_a_window(dim):
+    x = everywhere(dim)
+    for level in (None, *range(NUM_LEVELS)):
+        found, expected = lattice(dim).answering(x, level), lattice(dim).cover(x, level)
+        assert windows_of(found) == {k: v for k, v in windows_of(expected).items() if v > 0}
+        assert 0 < len(found.index) <= len(expected.index)
+        assert (len(found.index) == len(expected.index)) is (level in (1, 2))
 
 
 @DIMS
@@ -115,10 +131,10 @@ def test_tile_coordinates_never_leave_the_tile(dim):
 
 
 @DIMS
-def test_at_the_center_of_a_tile_it_is_the_only_one_of_its_level(dim):
+def test_at_the_center_of_a_tile_it_answers_alone_of_its_level(dim):
     keys = torch.tensor(list(product(range(-4, 5), repeat=dim)))
     for level, h in enumerate(spacings(dim)):
-        cover = lattice(dim).cover(keys * h, level)
+        cover = lattice(dim).answering(keys * h, level)
         assert torch.equal(cover.key[:, 1:], keys)
         assert torch.equal(cover.index, torch.arange(len(keys)))
         torch.testing.assert_close(cover.window, torch.ones(len(keys)).double(), **EXACT)
@@ -129,12 +145,12 @@ def test_windows_go_over_a_border_without_a_step(dim):
     step = 1e-9
     for level, h in enumerate(spacings(dim)):
         x = points(dim, n=5)
-        x[:, 0] = torch.tensor([-2 - REACH, -1 + REACH, REACH, 1 - REACH, 7 + REACH]) * h
+        x[:, 0] = torch.tensor([-2 - ANSWERS, -1 + ANSWERS, ANSWERS, 1 - ANSWERS, 7 + ANSWERS]) * h
         sides = []
         for offset in (-step, 0.0, step):
             moved = x.clone()
             moved[:, 0] += offset
-            sides.append(windows_of(lattice(dim).cover(moved, level)))
+            sides.append(windows_of(lattice(dim).answering(moved, level)))
         for pair in set().union(*sides):
             values = [side.get(pair, 0.0) for side in sides]
             assert max(values) - min(values) < 10 * step / h
@@ -151,18 +167,18 @@ def test_a_level_alone_is_that_part_of_the_whole(dim):
 
 
 @DIMS
-@pytest.mark.parametrize('factor', [1, 3, 5])
+@pytest.mark.parametrize('factor', [3, 4, 5])  # the default, and more
 def test_every_tile_lies_within_one_tile_of_the_next_level(dim, factor):
     grid = lattice(dim, level_factor=factor)
     cover = grid.cover(points(dim), 0)
     for key in map(tuple, cover.key.unique(dim=0)[:40].tolist()):
-        corners = np.add.outer([1e-6 - REACH, REACH - 1e-6], key[1:]) * grid.spacing(0)
+        corners = np.add.outer([1e-6 - REACH[0], REACH[0] - 1e-6], key[1:]) * grid.spacing(0)
         lower, upper = (grid.cover(x, 1) for x in torch.from_numpy(corners).split(1))
         assert windows_of(lower).keys() & windows_of(upper).keys()
 
 
 def test_the_origin_is_the_center_of_a_tile_of_every_level():
-    cover = lattice(2).cover(torch.zeros(1, 2))
+    cover = lattice(2).answering(torch.zeros(1, 2))
     assert cover.key.tolist() == [[level, 0, 0] for level in range(NUM_LEVELS)]
     assert (cover.x == 0).all()
 
@@ -193,7 +209,7 @@ def test_the_center_of_a_tile_is_the_origin_of_its_coordinates(dim):
         cover = grid.cover(beside[own], level)
         pairs = list(zip(cover.index.tolist(), cover.key.tolist(), strict=True))
         at = [pairs.index((i, key)) for i, key in enumerate(keys[own].tolist())]
-        expected = torch.full((len(at), dim), 0.01 * 2 / REACH, dtype=torch.float64)
+        expected = torch.full((len(at), dim), 0.01 * 2 / REACH[level], dtype=torch.float64)
         torch.testing.assert_close(cover.x[at], expected, rtol=0, atol=1e-8)
 
 
@@ -215,11 +231,24 @@ def test_neighbours_are_the_tiles_within_a_radius(dim, radius):
 def test_near_neighbours_are_those_that_overlap(dim):
     """What overlaps by a corner is a neighbour, and nothing else is."""
     grid = lattice(dim)
-    key = torch.tensor([[0, *[3] * dim]])
+    key = torch.tensor([[1, *[3] * dim]])
     near = {tuple(k) for k in grid.neighbours(key, NEAR)[0][0].tolist()}
     steps = torch.tensor(list(product((-1, 0, 1), repeat=dim)), dtype=torch.float64)
-    corners = grid.center(key) + steps * 0.999 * REACH * SIZE[dim]
-    assert near == {tuple(k) for k in grid.cover(corners, 0).key.tolist()}
+    corners = grid.center(key) + steps * 0.999 * REACH[1] * spacings(dim)[1]
+    assert near == {tuple(k) for k in grid.cover(corners, 1).key.tolist()}
+
+
+@DIMS
+def test_what_is_nearest_to_a_tile_is_nearer_to_no_other_center(dim):
+    grid = lattice(dim)
+    for level, h in enumerate(spacings(dim)):
+        key = torch.tensor([[level, *[2] * dim]])
+        (half,) = grid.nearest(key).tolist()
+        for share, is_nearest in ((0.999, True), (1.001, False)):
+            x = grid.center(key)
+            x[0, 0] += share * half * REACH[level] * h / 2
+            assert (abs(x[0, 0] / h - 2) < abs(x[0, 0] / h - 3)).item() is is_nearest
+    assert OneTile([0.0] * dim, [1.0] * dim).nearest(key).isinf().all()
 
 
 # Bounds ------------------------------------------------------------------------------------------

@@ -202,8 +202,10 @@ def test_what_is_left_out_is_counted_in_the_part_of_a_tile_that_is_its_own():
     scale = least_squares.default_scale(config, 1, 1)
     weight = least_squares.weights(config, variances, folded, scale)
     assert solved(config, x, y).num_far_off.tolist() == [is_off.sum()]
-    for nearest in (0.0, 0.8, Lattice(1.0, 2, 3, 3).nearest):
-        found = outliers.posterior(config, variances, folded, scale, weight, nearest)
+    finest = torch.tensor([[0, 0, 0]])
+    for nearest in (0.0, 0.8, *Lattice(1.0, 2, 3, 3).nearest(finest).tolist()):
+        half = torch.tensor([nearest])
+        found = outliers.posterior(config, variances, folded, scale, weight, half)
         assert found.num_far_off.tolist() == [((x[0].abs() < nearest).all(-1) & is_off).sum()]
     assert solved(config, x, y, ~is_off[None]).num_far_off.tolist() == [0]
 

@@ -426,7 +426,7 @@ def test_a_database_of_something_else_is_refused(path, journal):
 def test_another_format_version_is_refused(closed):
     edit(closed, ('PRAGMA user_version=7',))
     assert refusal(closed) == (
-        f'{closed} has format version 7, this release reads 4: use the release that wrote it, or '
+        f'{closed} has format version 7, this release reads 5: use the release that wrote it, or '
         'another store'
     )
 
