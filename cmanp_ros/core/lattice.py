@@ -137,14 +137,16 @@ class Lattice:
 
     def center(self, key: Tensor) -> Tensor:
         """Return the centers [m] of tiles (n, 1 + dim_x), (n, dim_x)."""
-        spacings = [self.spacing(level) for level in range(self.num_levels)]
-        spacings = torch.tensor(spacings, dtype=torch.float64, device=key.device)
-        return key[:, 1:] * spacings[key[:, :1]]
+        return key[:, 1:] * self._of_each(key, self.spacing).unsqueeze(1)
 
     def nearest(self, key: Tensor) -> Tensor:
         """Return how far it is half the way to the next center, in tile coordinates, (n,)."""
-        reaches = [self.reach(level) for level in range(self.num_levels)]
-        return HALF_WIDTH / 2 / torch.tensor(reaches, device=key.device)[key[:, 0]]
+        return HALF_WIDTH / 2 / self._of_each(key, self.reach)
+
+    def _of_each(self, key, of_level):
+        """Return what a function of levels gives for each tile, (n,)."""
+        values = [of_level(level) for level in range(self.num_levels)]
+        return torch.tensor(values, dtype=torch.float64, device=key.device)[key[:, 0]]
 
     def to_dict(self) -> dict:
         """Return plain values, ready for JSON."""

@@ -31,18 +31,18 @@ class Seams(NamedTuple):
 def where_tiles_change(lattice: Lattice, x: Tensor, level: int) -> Tensor:
     """Move places (n, dim_x) along the first axis to where another tile of a level answers."""
 
-    def covering(x):
+    def answering(x):
         cover = lattice.answering(x)
         own, found = cover.key[:, 0] == level, [set() for _ in x]
         for i, key in zip(cover.index[own].tolist(), keys_of(cover.key[own]), strict=True):
             found[i].add(key)
         return found
 
-    before, low, high = covering(x), x.clone(), x.clone()
+    before, low, high = answering(x), x.clone(), x.clone()
     high[:, 0] += lattice.spacing(level)  # there they are others
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        same = [now == then for now, then in zip(covering(middle), before, strict=True)]
+        same = [now == then for now, then in zip(answering(middle), before, strict=True)]
         same = torch.tensor(same).unsqueeze(1)
         low, high = torch.where(same, middle, low), torch.where(same, high, middle)
     return high

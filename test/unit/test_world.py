@@ -525,9 +525,9 @@ class Oracle:
 
 @DIMS
 def test_a_tile_takes_evidence_from_its_neighbours_and_its_amplitude_from_above(dim):
-    made, x_target = world_of(*points(dim, 2, n=13)), targets(dim, n=9, factor=1.0)
+    made, x_target = world_of(*points(dim, 2, n=13)), targets(dim, n=5)
     oracle, pairs = Oracle(made), made.pairs(x_target)
-    assert len(pairs.row) > 9 * (NUM_LEVELS - 1)
+    assert len(pairs.row) > 5 * NUM_LEVELS
     for i, key in enumerate(map(tuple, pairs.cover.key.tolist())):
         expected = oracle.regression(key)
         u = pairs.cover.x[i].view(1, 1, dim)
@@ -702,7 +702,7 @@ def test_inside_the_known_world_there_are_no_seams(dim, corrects):
     middle = border_of_the_coarsest(dim)
     made = world_of(*points(dim, n=101, around=middle), model_of(dim, corrects=corrects))
     for level in range(NUM_LEVELS):
-        at = borders(dim, level, 0.4 * SPREAD[dim], middle)
+        at = borders(dim, level, SPREAD[dim] / 4, middle)
         ends = where_tiles_change(made.geometry, at + 0.1 * SIZE[dim], level)
         assert largest_step(made.predict, torch.cat([at, ends])) < SEAMLESS
         moved = at + 0.01 * SIZE[dim]  # the measure itself
@@ -745,7 +745,7 @@ def test_beyond_the_data_the_answer_goes_over_to_the_prior(dim):
         assert mean[-1] == 0 and stddev[-1] == 1
         return max(mean.diff(dim=0).abs().max(), stddev.diff(dim=0).abs().max())
 
-    assert steps(4001) < 0.3 * steps(401)
+    assert steps(1001) < 0.3 * steps(101)
 
 
 # Joint predictions and samples -------------------------------------------------------------------
@@ -853,7 +853,7 @@ def test_samples_have_no_seams(dim):
     middle = border_of_the_coarsest(dim)
     made = world_of(*points(dim, around=middle))
     for level in range(NUM_LEVELS):
-        at = borders(dim, level, 0.4 * SPREAD[dim], middle)
+        at = borders(dim, level, SPREAD[dim] / 4, middle)
         assert largest_step(lambda x: (made.sample(x, 5, seed=3), torch.ones(1)), at) < SEAMLESS
 
 
