@@ -51,6 +51,12 @@ on for 1,800 steps with such tiles were level, so the shipped ones stayed. On th
 below were looked at with other reaches: by one reading their log-likelihood went from -0.3 to
 -2.1.
 
+The same data say which lengths are on the grid now, that settings in between are averaged
+([tiles.md](tiles.md)), and that the network narrows bars to 0.65 of the regression's at most, no
+longer 0.5: likelihoods of terrain of N = 64 without noise are 0.007 ± 0.003 higher, of simulated
+tracks with blunders 0.015, of smooth fields 0.004 ± 0.001 lower, all others level. The soundings
+were looked at once with 0.65 and the grid as it was (-0.318), and then as they are below.
+
 That finer tiles have a head start in the mean ([tiles.md](tiles.md)), and from which share of a
 tile seen, was chosen on those windows and robust tasks; that it needs a bound on the amplitude was
 seen in the soundings below, where without one errors are 5 % larger, most of that in twenty of 830

@@ -1,6 +1,7 @@
 """One frozen, validated description of a model; it travels inside the checkpoint."""
 
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from math import inf, isfinite
 
 from cmanp_ros.core.errors import ConfigError
@@ -21,8 +22,10 @@ class LeastSquaresConfig:
     """Half width [model units] of the box whose Laplacian eigenfunctions are the basis."""
     smoothnesses: tuple[float, ...] = (1.5,)
     """Matern smoothnesses; inf is the RBF kernel."""
-    lengths: tuple[float, ...] = (0.3, 0.6, 1.2, 2.4)
+    lengths: tuple[float, ...] = (0.3, 0.62, 1.3, 2.7)
     noise_ratios: tuple[float, ...] = (0.002, 0.01, 0.04, 0.14, 0.45)
+    refinement: int = 1
+    """Steps between neighboring lengths and noise ratios, see `settings`; 1: nothing in between."""
     amplitude_shape: float = 3.0
     amplitude_scale: float = 0.6
     """
@@ -57,6 +60,9 @@ class LeastSquaresConfig:
             finite = values if name != 'smoothnesses' else ()
             positive = bool(values) and all(v > 0 for v in values) and all(map(isfinite, finite))
             _require(positive, name, values, 'one or more positive numbers')
+            increasing = all(one < next_one for one, next_one in pairwise(values))
+            fine = self.refinement == 1 or name == 'smoothnesses' or increasing
+            _require(fine, name, values, 'increasing numbers, as refinement is not 1')
         for name in (
             'points_per_voxel',
             'amplitude_shape',
@@ -186,7 +192,7 @@ class CMANPConfig:
             'num_blocks': 2,
             'inducing_points': True,
             'least_squares': LeastSquaresConfig(
-                per_axis, voxels_per_axis=voxels, outlier_share=0.05
+                per_axis, voxels_per_axis=voxels, refinement=2, outlier_share=0.05
             ),
             'num_levels': 3,
         }

@@ -5,7 +5,7 @@ The functions are those of `basis`. The sums do not depend on hyperparameters: t
 `solve`, through the spectral density of the covariance (Solin and Saerkkae 2020).
 """
 
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from math import inf, lgamma, log, pi
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmanp_ros.core import basis, extremes
+from cmanp_ros.core import basis, extremes, settings
 from cmanp_ros.core.config import LeastSquaresConfig
 from cmanp_ros.core.lattice import HALF_WIDTH
 from cmanp_ros.core.linalg import OVERSAMPLING, cholesky, eliminate, halves, low_rank
@@ -83,8 +83,10 @@ def prior_variances(config: LeastSquaresConfig, dim_x: int) -> Tensor:
     """
     Return prior variances of the weights relative to the squared amplitude.
 
-    :return: (num_kernels, num_functions), one row for each smoothness and length.
+    :return: (num_kernels, num_functions), one row for each smoothness and length of the finer grid
+        of `settings`.
     """
+    config = settings.finer(config)
     omega, norms = basis.frequencies(config, dim_x), basis.squared_norms(config, dim_x)
     linear = torch.full((dim_x,), max(config.slope_variance, LEAST_VARIANCE), dtype=torch.float64)
     rows = [
@@ -246,7 +248,7 @@ FAR_MORE = 8.0  # times the median number of points in a voxel
 
 class Evidence(NamedTuple):
     """
-    What the sums alone say about every setting of the hyperparameters; float64.
+    What the sums alone say about every setting of the grid of hyperparameters; float64.
     """
 
     residual: Tensor
@@ -257,16 +259,9 @@ class Evidence(NamedTuple):
     """(batch,): points that count as independent."""
 
 
-def num_settings(config: LeastSquaresConfig) -> int:
-    """
-    Return the number of hyperparameter settings: smoothness x length x noise ratio.
-    """
-    return len(config.smoothnesses) * len(config.lengths) * len(config.noise_ratios)
-
-
 def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums) -> Evidence:
     """
-    Solve the regression for every setting that is likely; the amplitude is left open.
+    Solve the regression for settings of the grid that are likely; the amplitude is left open.
 
     Conjugate normal-inverse-gamma model (Bishop 2006, 3.3): w ~ N(0, a^2 S),
     y ~ N(phi w, a^2 r^2), a^2 ~ InvGamma(shape, scale). The sums are scaled by `honesty` before.
@@ -278,8 +273,9 @@ def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums)
     :param variances: (num_kernels, num_functions) of `prior_variances`.
     """
     gram, moment, sum_squares, count, *_ = _honest_sums(config, a)
-    variances = variances.to(gram.device)
-    residual = gram.new_empty(len(gram), num_settings(config), moment.shape[-1])
+    of_each = variances.to(gram.device).unflatten(0, (len(config.smoothnesses), -1))
+    variances = of_each[:, :: config.refinement].flatten(0, 1)
+    residual = gram.new_empty(len(gram), settings.num_settings(config), moment.shape[-1])
     found = Evidence(residual, gram.new_empty(residual.shape[:2]), count)
     for tiles, *factors in _systems(a, gram, moment):
         known = sum_squares[tiles], count[tiles]
@@ -317,9 +313,9 @@ def _search(config, variances, gram, moment, sum_squares, count):
     batch, _, k = moment.shape
     ridge = _ridge(config, variances)
     constant = -ridge.log().sum(1) / 2  # half the log determinant of S / r^2
-    shape, beside = (batch, len(ridge)), _beside(config).to(gram.device)
+    shape, beside = (batch, len(ridge)), settings.beside(config).to(gram.device)
     explained, half_log = gram.new_zeros(*shape, k), gram.new_zeros(shape)
-    is_new = _first(config).to(gram.device).expand(shape)
+    is_new = settings.first(config).to(gram.device).expand(shape)
     is_solved, parts = torch.zeros_like(is_new), halves(gram, moment)
     scale = default_scale(config, batch, k, gram.device)
     while is_new.any():
@@ -339,50 +335,56 @@ def _search(config, variances, gram, moment, sum_squares, count):
     best = logs.argmax(1, keepdim=True)  # (t, 1, dim_y)
     residual = found.residual.gather(1, best)
     log_determinant = found.log_determinant.gather(1, best[:, 0]).amax(1, keepdim=True)
+    log_determinant = log_determinant + _below(config, logs, is_solved)
     return found._replace(
         residual=torch.where(is_solved.unsqueeze(-1), found.residual, residual),
-        log_determinant=torch.where(is_solved, found.log_determinant, log_determinant + DISMISSED),
+        log_determinant=torch.where(is_solved, found.log_determinant, log_determinant),
     )
 
 
-@cache
-def _places(config):
+def _below(config, logs, is_solved):
     """
-    Return where settings lie on the grid of smoothness, length and noise ratio, (settings, 3).
+    Return how far settings are below the best one, (t, settings), also those that are not solved.
+
+    These go on as steeply as the two before them along an axis of the grid, and are at least
+    `DISMISSED` below: a spline over steps would see likely settings where none are.
+
+    :param logs: (t, settings, dim_y) where solved, (t, settings).
     """
-    axes = config.smoothnesses, config.lengths, config.noise_ratios
-    return torch.cartesian_prod(*(torch.arange(len(axis)) for axis in axes))
+    axes = len(config.smoothnesses), len(config.lengths), len(config.noise_ratios)
+    below = (logs.amax(1, keepdim=True) - logs).amin(-1).unflatten(1, axes)
+    is_known = is_solved.unflatten(1, axes)
+    while not is_known.all():
+        ahead = torch.zeros_like(below)
+        for axis in (2, 3):
+            for turned in (lambda part: part, partial(torch.flip, dims=(axis,))):
+                found = turned(_ahead(turned(below), turned(is_known), axis))
+                ahead = torch.maximum(ahead, found)
+        is_new = ~is_known & (ahead > 0)
+        if not is_new.any():  # grids of few settings
+            ahead, is_new = torch.full_like(below, DISMISSED), ~is_known
+        below, is_known = torch.where(is_new, ahead, below), is_known | is_new
+    return below.flatten(1)
 
 
-@cache
-def _beside(config):
+def _ahead(below, is_known, axis):
     """
-    Return which settings are neighbors on the grid, 0 or 1 (settings, settings).
-
-    So are those of the next longer length and the next less noise: as likely, often, or the best
-    one could hide behind a corner.
+    Return how far below settings are on the line through the next two on an axis; 0: unknown.
     """
-    place = _places(config)
-    apart = place.unsqueeze(0) - place.unsqueeze(1)
-    length, noise = apart[..., 1], apart[..., 2]
-    is_along = (apart[..., 0] == 0) & (length * noise == -1)
-    return (is_along | (apart.abs().sum(-1) == 1)).double()
-
-
-@cache
-def _first(config):
-    """
-    Return with which settings a search begins, (settings,) bool: every other length and noise.
-    """
-    place = _places(config)[:, 1:]
-    return ((place % 2 == 1) | (place.amax(0) == 0)).all(1)
+    found, size = torch.zeros_like(below), max(0, below.shape[axis] - 2)
+    one, two = (below.narrow(axis, min(i, below.shape[axis]), size) for i in (1, 2))
+    both = is_known.narrow(axis, min(1, below.shape[axis]), size)
+    both = both & is_known.narrow(axis, min(2, below.shape[axis]), size)
+    line = torch.where(both, (2 * one - two).clamp(min=DISMISSED), 0.0)
+    found.narrow(axis, 0, size).copy_(line)
+    return found
 
 
 def _evidence_of_few(config, variances, rows, right, sum_squares, count):
     """
     Return the evidence of tiles given by their factors, see `_systems`.
     """
-    noise2, num = _noise2(config, rows), num_settings(config)
+    noise2, num = _noise2(config, rows), settings.num_settings(config)
     batch, size, k = right.shape
     explained, half_log = rows.new_empty(batch, num, k), rows.new_empty(batch, num)
     for some in torch.arange(batch).split(max(1, MATRICES_AT_ONCE // num)):
@@ -425,7 +427,7 @@ def _noise2_of_settings(config, like):
     Return the squared noise ratio of every setting, (settings,).
     """
     noise2 = _noise2(config, like)
-    return noise2.repeat(num_settings(config) // len(noise2))
+    return noise2.repeat(settings.num_settings(config) // len(noise2))
 
 
 def _ridge(config, variances):
@@ -452,7 +454,7 @@ def default_scale(config: LeastSquaresConfig, batch: int, dim_y: int, device=Non
 
 def log_evidence(config: LeastSquaresConfig, e: Evidence, scale: Tensor) -> Tensor:
     """
-    Return the log evidence of every setting, (batch, settings, dim_y).
+    Return the log evidence of every setting of the grid, (batch, settings, dim_y).
 
     The amplitude is integrated out, or follows from the noise where that is known.
 
@@ -470,14 +472,15 @@ def amplitude(config: LeastSquaresConfig, e: Evidence, scale: Tensor, weight: Te
     """
     Return the posterior mean of the squared amplitude, (batch, dim_y).
 
-    :param weight: (batch, settings, dim_y), of the settings.
+    :param weight: (batch, settings, dim_y), as `settings.weigh` gives them.
     """
-    return (weight * _amplitudes(config, e, scale)).sum(1)
+    amplitudes = settings.interpolated(config, _amplitudes(config, e, scale).log()).exp()
+    return (weight * amplitudes).sum(1)
 
 
 def _amplitudes(config, e, scale):
     """
-    Return `_amplitude` of every setting, (batch, settings, dim_y).
+    Return `_amplitude` of every setting of the grid, (batch, settings, dim_y).
     """
     noise2 = _noise2_of_settings(config, e.residual)
     return _amplitude(config, noise2, e.residual, e.count.unsqueeze(1), scale.unsqueeze(1))
@@ -507,13 +510,14 @@ def posterior(
     Average the regression over settings, in two exact moments of the weights.
 
     :param scale: (batch, dim_y) of the amplitude's inverse-gamma prior.
-    :param weight: (batch, settings, dim_y) of the settings: softmax of log evidence, of the tile
-        alone or with others.
+    :param weight: (batch, settings, dim_y) as `settings.weigh` gives them, by the evidence of the
+        tile alone or with others.
     :return: posterior of the weights; `summary` holds the posterior means of log length, log
         noise ratio, 1 / smoothness, the spread of the first two, log amplitude over its prior (of
         the settings that are averaged), log(1 + effective count), log(effective count / count),
         and the share of the tile that was seen.
     """
+    config = settings.finer(config)
     gram, moment, sum_squares, count, center, counted = _honest_sums(config, a)
     variances, noise2_of = variances.to(gram.device), _noise2_of_settings(config, gram)
     ridge = _ridge(config, variances)
@@ -548,7 +552,7 @@ def posterior(
 
     mean[:, basis.CONSTANT] += center
 
-    grid = _grid(config).to(gram.device)  # (settings, 3)
+    grid = settings.coordinates(config).to(gram.device)  # (settings, 3)
     moments = torch.einsum('bso,sp->bop', weight, torch.cat([grid, grid.square()], -1))
     center, square = moments.chunk(2, -1)
     known = torch.stack([torch.log1p(count), counted.log(), _seen(config, a)], -1)
@@ -570,11 +574,12 @@ def weights(
     config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums, scale: Tensor
 ) -> Tensor:
     """
-    Return the weights of the settings (batch, settings, dim_y) by each tile's own evidence.
+    Return the weights of all settings (batch, settings, dim_y) by each tile's own evidence.
 
     :param scale: (batch, dim_y) of the amplitude's inverse-gamma prior.
     """
-    return log_evidence(config, evidence(config, variances, a), scale).softmax(1)
+    logs = log_evidence(config, evidence(config, variances, a), scale)
+    return settings.weigh(config, logs, partial(torch.softmax, dim=1))
 
 
 def without(
@@ -696,17 +701,6 @@ def _seen(config, a):
     fresh = a.voxel_freshness.new_zeros(len(a.count), cells**dim_x)
     fresh = fresh.scatter_reduce(1, cell.expand_as(a.voxel_freshness), a.voxel_freshness, 'amax')
     return fresh.mean(1)
-
-
-def _grid(config):
-    """
-    Return log length, log noise ratio, 1 / smoothness of every setting, (settings, 3).
-    """
-    rows = [
-        (log(length), log(noise), 0.0 if nu == inf else 1 / nu)
-        for nu, length, noise in product(config.smoothnesses, config.lengths, config.noise_ratios)
-    ]
-    return torch.tensor(rows, dtype=torch.float64)
 
 
 def predict(config: LeastSquaresConfig, regression: Regression, x: Tensor):

@@ -423,7 +423,7 @@ def num_context(config: CMANPConfig) -> int:
     return 1 + 3 * config.num_levels
 
 
-LEAST_STDDEV = 0.5  # of the regression's: a reading far off must not be a catastrophe
+LEAST_STDDEV = 0.65  # of the regression's: a reading far off must not be a catastrophe
 OWN_LOG_ODDS = -2.0  # of an untrained decoder's own answer where both are as precise
 SEEN_WELL = 0.5  # share of a tile: more than one pass of a track, less than scattered readings
 STEEP = 1.6  # amplitude over that of the coarsest tiles above

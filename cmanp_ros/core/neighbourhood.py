@@ -7,12 +7,13 @@ solved again.
 """
 
 from collections.abc import Container
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cmanp_ros.core import least_squares
+from cmanp_ros.core import least_squares, settings
 from cmanp_ros.core.config import LeastSquaresConfig
 from cmanp_ros.core.lattice import Lattice, OneTile
 from cmanp_ros.core.least_squares import Evidence
@@ -106,9 +107,8 @@ class Neighbourhood:
         share[:, distance > 0] *= min(1.0, SHARE_OF_NEIGHBOURS / max(1, len(distance) - 1))
         total = torch.einsum('tn,tnso->tso', share, own[index.clamp(min=0)])
         if len(distance) == 1:  # no neighbours: none would be solved again
-            return total.softmax(1)
-        steps = ((total - total.amax(1, keepdim=True)).exp() / WEIGHT_STEP).round()
-        return steps / steps.sum(1, keepdim=True)
+            return settings.weigh(self._options, total, partial(torch.softmax, dim=1))
+        return settings.weigh(self._options, total, _in_steps)
 
     def _amplitude_prior(self, keys, amplitude, dim_y):
         """Return the scale of each tile's amplitude prior: the amplitude of the region."""
@@ -141,3 +141,11 @@ class Neighbourhood:
         centers = self._geometry.center(torch.tensor(keys))
         cover = self._geometry.answering(centers, self._geometry.num_levels - 1)
         return cover.index, cover.window, keys_of(cover.key)
+
+
+def _in_steps(logs):
+    """
+    Return weights by log evidence, (tiles, settings, dim_y), in steps of the largest.
+    """
+    steps = ((logs - logs.amax(1, keepdim=True)).exp() / WEIGHT_STEP).round()
+    return steps / steps.sum(1, keepdim=True)

@@ -133,6 +133,15 @@ def test_hyperparameters_are_positive(name, value):
 
 
 @pytest.mark.parametrize('name', ['lengths', 'noise_ratios'])
+def test_grids_with_settings_in_between_are_in_order(name):
+    for values in ((1.0, 0.5), (0.5, 0.5, 1.0)):
+        assert getattr(LeastSquaresConfig(**{name: values}), name) == values
+        message = f'{name} is {values!r}, expected increasing numbers, as refinement is not 1'
+        assert_refused(message, LeastSquaresConfig, refinement=2, **{name: values})
+    assert LeastSquaresConfig(smoothnesses=(inf, 1.5), refinement=2).smoothnesses == (inf, 1.5)
+
+
+@pytest.mark.parametrize('name', ['lengths', 'noise_ratios'])
 def test_only_the_smoothness_may_be_infinite(name):
     assert LeastSquaresConfig(smoothnesses=(inf,)).smoothnesses == (inf,)
     with pytest.raises(ConfigError, match=f'^{name} is .*inf'):

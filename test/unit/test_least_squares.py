@@ -11,7 +11,7 @@ import torch
 from scipy.special import gamma, kv, softmax
 from scipy.stats import multivariate_normal, multivariate_t
 
-from cmanp_ros.core import basis, least_squares, outliers
+from cmanp_ros.core import basis, least_squares, outliers, settings
 from cmanp_ros.core.config import LeastSquaresConfig
 
 M = {1: 12, 2: 5, 3: 3}  # functions per axis, by dim_x
@@ -439,7 +439,7 @@ def test_settings_that_are_not_looked_at_are_those_far_below_the_best(
     found = least_squares.log_evidence(
         config, least_squares.evidence(config, variances, folded), scale
     )
-    num, all_of_them = sum(solved), 6 * least_squares.num_settings(config)
+    num, all_of_them = sum(solved), 6 * settings.num_settings(config)
     monkeypatch.setattr(least_squares, 'DISMISSED', inf)
     every = least_squares.log_evidence(
         config, least_squares.evidence(config, variances, folded), scale
@@ -450,6 +450,21 @@ def test_settings_that_are_not_looked_at_are_those_far_below_the_best(
     assert is_likely.sum() > 1.5 * 6 * dim_y
     torch.testing.assert_close(found[is_likely], every[is_likely], rtol=0, atol=0)
     assert (found <= least + 1e-9)[~is_likely].all()
+
+
+def test_settings_that_are_not_looked_at_go_on_as_steeply_as_those_before_them():
+    config = LeastSquaresConfig(lengths=(0.3, 0.6, 1.2), noise_ratios=(0.01, 0.03, 0.1, 0.3))
+    below = torch.tensor([[0, 0, 40, 10], [0, 50, 20, 0], [0, 0, 0, 2.0]], dtype=torch.float64)
+    solved = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)
+    logs = torch.where(solved, 7 - below, -inf).view(1, 12, 1)
+    found = least_squares._below(config, logs, solved.view(1, 12)).view(3, 4)
+    torch.testing.assert_close(found[solved], below[solved])
+    expected = [[100, 70, 40, 10], [80, 50, 20, 0], [60, 30, 15, 2]]  # along noise, then length
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    alone = torch.zeros(1, 12, dtype=torch.bool)
+    alone[0, 4] = True
+    found = least_squares._below(config, torch.where(alone, 7.0, -inf).unsqueeze(2), alone)
+    assert found[0, 4] == 0 and (found[~alone] == 15).all()
 
 
 def test_a_search_for_settings_does_not_depend_on_other_tiles():
@@ -469,7 +484,7 @@ def test_a_search_for_settings_does_not_depend_on_other_tiles():
 def test_evidence_is_what_dense_gps_leave_unexplained(dim_x):
     config, x, y, _, _, gps = several_settings(dim_x)
     _, _, found = evidence_of(config, x, y)
-    assert least_squares.num_settings(config) == len(settings_of(config)) == 12
+    assert settings.num_settings(config) == len(settings_of(config)) == 12
     assert found.residual.shape == (BATCH, 12, DIM_Y)
     assert found.log_determinant.shape == (BATCH, 12)
     assert (found.count == N).all()
