@@ -25,7 +25,7 @@ class LeastSquaresConfig:
     lengths: tuple[float, ...] = (0.3, 0.62, 1.3, 2.7)
     noise_ratios: tuple[float, ...] = (0.002, 0.01, 0.04, 0.14, 0.45)
     refinement: int = 1
-    """Steps between neighboring lengths and noise ratios, see `settings`; 1: nothing in between."""
+    """Steps from one length or noise ratio to the next, see `settings`; 1: nothing in between."""
     amplitude_shape: float = 3.0
     amplitude_scale: float = 0.6
     """

@@ -371,12 +371,13 @@ def _ahead(below, is_known, axis):
     """
     Return how far below settings are on the line through the next two on an axis; 0: unknown.
     """
-    found, size = torch.zeros_like(below), max(0, below.shape[axis] - 2)
-    one, two = (below.narrow(axis, min(i, below.shape[axis]), size) for i in (1, 2))
-    both = is_known.narrow(axis, min(1, below.shape[axis]), size)
-    both = both & is_known.narrow(axis, min(2, below.shape[axis]), size)
-    line = torch.where(both, (2 * one - two).clamp(min=DISMISSED), 0.0)
-    found.narrow(axis, 0, size).copy_(line)
+    found, size = torch.zeros_like(below), below.shape[axis] - 2
+    if size > 0:
+        (one, two), known = (
+            [part.narrow(axis, i, size) for i in (1, 2)] for part in (below, is_known)
+        )
+        line = (2 * one - two).clamp(min=DISMISSED)
+        found.narrow(axis, 0, size).copy_(torch.where(known[0] & known[1], line, 0.0))
     return found
 
 
