@@ -268,7 +268,7 @@ def evidence(config: LeastSquaresConfig, variances: Tensor, a: LeastSquaresSums)
 
     Many points leave few settings, so not all are solved: a search begins with some of the grid,
     and goes on beside those that are likely, and beside the best one of each smoothness. The
-    others are as the best of all, less `DISMISSED`.
+    others go on as steeply as those before them, at least `DISMISSED` below the best of all.
 
     :param variances: (num_kernels, num_functions) of `prior_variances`.
     """
@@ -580,7 +580,7 @@ def weights(
     :param scale: (batch, dim_y) of the amplitude's inverse-gamma prior.
     """
     logs = log_evidence(config, evidence(config, variances, a), scale)
-    return settings.weigh(config, logs, partial(torch.softmax, dim=1))
+    return settings.weigh(config, logs)
 
 
 def without(

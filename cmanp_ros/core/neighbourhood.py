@@ -7,7 +7,6 @@ solved again.
 """
 
 from collections.abc import Container
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -107,7 +106,7 @@ class Neighbourhood:
         share[:, distance > 0] *= min(1.0, SHARE_OF_NEIGHBOURS / max(1, len(distance) - 1))
         total = torch.einsum('tn,tnso->tso', share, own[index.clamp(min=0)])
         if len(distance) == 1:  # no neighbours: none would be solved again
-            return settings.weigh(self._options, total, partial(torch.softmax, dim=1))
+            return settings.weigh(self._options, total)
         return settings.weigh(self._options, total, _in_steps)
 
     def _amplitude_prior(self, keys, amplitude, dim_y):

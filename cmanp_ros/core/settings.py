@@ -41,8 +41,17 @@ def finer(config: LeastSquaresConfig) -> LeastSquaresConfig:
     )
 
 
+def softmax(logs: Tensor) -> Tensor:
+    """
+    Return the weights of settings (batch, settings, dim_y) that their log evidence alone gives.
+    """
+    return logs.softmax(1)
+
+
 def weigh(
-    config: LeastSquaresConfig, logs: Tensor, weights_of: Callable[[Tensor], Tensor]
+    config: LeastSquaresConfig,
+    logs: Tensor,
+    weights_of: Callable[[Tensor], Tensor] = softmax,
 ) -> Tensor:
     """
     Return the weights of all settings by the log evidence of those of the grid.
@@ -51,16 +60,15 @@ def weigh(
     the data leave it open, the grid itself is the better quadrature: it spreads wider.
 
     :param logs: (batch, settings of the grid, dim_y).
-    :param weights_of: makes weights of log evidence, along the second axis.
+    :param weights_of: makes weights of log evidence, as `softmax` does.
     :return: (batch, settings of the finer grid, dim_y).
     """
     coarse = weights_of(logs)
     if config.refinement == 1:
         return coarse
     weight = weights_of(interpolated(config, logs))
-    held = weight.topk(min(config.num_averaged, weight.shape[1]), dim=1).values.sum(
-        1, keepdim=True
-    )
+    most = weight.topk(min(config.num_averaged, weight.shape[1]), dim=1).values
+    held = most.sum(1, keepdim=True)
     on_grid = torch.zeros_like(weight)
     on_grid[:, _of_grid(config).to(weight.device)] = coarse
     return torch.where(held < config.averaged_weight, on_grid, weight)
@@ -118,7 +126,6 @@ def _of_grid(config):
     return number[:, ::step, ::step].flatten()
 
 
-@cache
 def coordinates(config: LeastSquaresConfig) -> Tensor:
     """
     Return log length, log noise ratio, 1 / smoothness of every setting, (settings, 3).

@@ -1,6 +1,5 @@
 """The grid of hyperparameters and what lies in between, against scipy's splines."""
 
-from functools import partial
 from math import log, sqrt
 
 import numpy as np
@@ -12,7 +11,6 @@ from cmanp_ros.core import least_squares, settings
 from cmanp_ros.core.config import LeastSquaresConfig
 
 LENGTHS, NOISES = (0.3, 0.6, 1.3, 2.0), (0.01, 0.04, 0.2)
-SOFTMAX = partial(torch.softmax, dim=1)
 
 
 def config_of(refinement=2, **options):
@@ -68,7 +66,7 @@ def test_finer_grid_has_the_grid_and_geometric_means_in_between():
 def test_without_refinement_nothing_changes():
     config, logs = config_of(1), torch.randn(2, 24, 1, dtype=torch.float64)
     assert settings.interpolated(config, logs) is logs
-    torch.testing.assert_close(settings.weigh(config, logs, SOFTMAX), logs.softmax(1))
+    torch.testing.assert_close(settings.weigh(config, logs), logs.softmax(1))
 
 
 def peak(width):
@@ -80,7 +78,7 @@ def peak(width):
 
 def test_weight_goes_between_settings_where_data_leave_no_doubt():
     config = config_of()
-    weight = settings.weigh(config, peak(0.1), SOFTMAX)
+    weight = settings.weigh(config, peak(0.1))
     best = settings.coordinates(settings.finer(config))[weight[0, :, 0].argmax()]
     assert best[:2].exp().tolist() == pytest.approx([sqrt(0.6 * 1.3), sqrt(0.04 * 0.2)])
     assert weight.sum().item() == pytest.approx(1)
@@ -88,7 +86,7 @@ def test_weight_goes_between_settings_where_data_leave_no_doubt():
 
 def test_weight_stays_on_the_grid_where_data_leave_it_open():
     config, logs = config_of(), torch.cat([peak(2.0), peak(0.1)], -1)
-    weight = settings.weigh(config, logs, SOFTMAX).view(1, 2, 7, 5, 2)
+    weight = settings.weigh(config, logs).view(1, 2, 7, 5, 2)
     torch.testing.assert_close(weight[:, :, ::2, ::2, 0].flatten(1), logs[..., 0].softmax(1))
     assert weight[..., 0].sum().item() == pytest.approx(1)
     assert weight[:, :, ::2, ::2, 1].sum() < 0.5  # of the other output, which is sure
@@ -97,7 +95,7 @@ def test_weight_stays_on_the_grid_where_data_leave_it_open():
 def test_grid_is_kept_where_too_few_are_averaged_to_hold_the_weight():
     logs, found = peak(0.2), []
     for num in (1, 24):
-        weight = settings.weigh(config_of(num_averaged=num), logs, SOFTMAX).view(2, 7, 5)
+        weight = settings.weigh(config_of(num_averaged=num), logs).view(2, 7, 5)
         found.append(weight[:, ::2, ::2].sum().item())
     assert found[0] == pytest.approx(1) and found[1] < 0.1
 
