@@ -197,9 +197,9 @@ times may be too long by a factor, though not by another one for each.
 - ConvCNP: neuralprocesses, trained for {convcnp_steps} steps of four synthetic fields,
   {convcnp_minutes} minutes of one core. Such networks get hours: this one is undertrained, and
   labeled so.
-- cmanp tiles: tiles of {tile_size:g}; nothing is fitted to a task. Scored with the weights
-  before those of the other tables, and on a faster machine than the others, so its times are not
-  to be compared with theirs (performance.md has ratios of one run).
+- cmanp tiles: tiles of {tile_size:g}; nothing is fitted to a task. Scored later than the others,
+  on a machine that takes half as long for the exact GP, so its times are not to be compared with
+  theirs (performance.md has ratios of one run).
 
 ![Log-likelihood relative to the exact GP against processor time, one panel for each data set and
 number of observations](images/real.png)
