@@ -546,6 +546,9 @@ def posterior(
             noise.index_add_(0, tile, scaled * noise2.unsqueeze(-1))
             for output, size in enumerate(scaled.unbind(-1)):
                 covariance[:, output].index_add_(0, tile, own_covariance * size[:, None, None])
+    most = min(config.num_averaged * share.shape[-1], share.shape[1])
+    kept = share.amax(-1).topk(most, dim=1).indices  # no tile averages more, whatever is beside it
+    share, w = share.take_along_dim(kept[..., None], 1), w.take_along_dim(kept[..., None, None], 1)
     mean = torch.einsum('bso,bsfo->bfo', share, w)
     spread = (w - mean.unsqueeze(1)) * share.sqrt().unsqueeze(2)
     spread = spread.permute(0, 3, 1, 2)  # the settings disagree: that is uncertainty too
@@ -635,7 +638,7 @@ def averaged(config: LeastSquaresConfig, weight: Tensor) -> Tensor:
 
     Averaged are the most likely ones for each output, as many as have `averaged_weight`.
     """
-    share, kept = weight.topk(min(config.num_averaged, weight.shape[1]), dim=1)
+    share, kept = settings.most_likely(config, weight)
     share = torch.where(share.cumsum(1) - share < config.averaged_weight, share, 0.0)
     return torch.zeros_like(weight).scatter_(1, kept, share / share.sum(1, keepdim=True))
 

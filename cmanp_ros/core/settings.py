@@ -67,11 +67,20 @@ def weigh(
     if config.refinement == 1:
         return coarse
     weight = weights_of(interpolated(config, logs))
-    most = weight.topk(min(config.num_averaged, weight.shape[1]), dim=1).values
-    held = most.sum(1, keepdim=True)
+    held = most_likely(config, weight)[0].sum(1, keepdim=True)
     on_grid = torch.zeros_like(weight)
     on_grid[:, _of_grid(config).to(weight.device)] = coarse
     return torch.where(held < config.averaged_weight, on_grid, weight)
+
+
+def most_likely(config: LeastSquaresConfig, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Return the largest weights of each output, as many as are averaged at most, and their settings.
+
+    :param weight: (batch, settings, dim_y).
+    :return: both (batch, num, dim_y), the largest first.
+    """
+    return weight.topk(min(config.num_averaged, weight.shape[1]), dim=1)
 
 
 def interpolated(config: LeastSquaresConfig, values: Tensor) -> Tensor:
