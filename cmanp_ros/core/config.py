@@ -1,6 +1,6 @@
 """One frozen, validated description of a model; it travels inside the checkpoint."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from math import inf, isfinite
 
@@ -22,6 +22,8 @@ class LeastSquaresConfig:
     """Half width [model units] of the box whose Laplacian eigenfunctions are the basis."""
     smoothnesses: tuple[float, ...] = (1.5,)
     """Matern smoothnesses; inf is the RBF kernel."""
+    coarse_smoothnesses: tuple[float, ...] = ()
+    """The same in tiles of all levels but the finest, which see less detail; none: the same."""
     lengths: tuple[float, ...] = (0.3, 0.62, 1.3, 2.7)
     noise_ratios: tuple[float, ...] = (0.002, 0.01, 0.04, 0.14, 0.45)
     refinement: int = 1
@@ -54,15 +56,19 @@ class LeastSquaresConfig:
     def __post_init__(self):
         _require_counts(self)
         _require(self.box_half_width > 2, 'box_half_width', self.box_half_width, 'more than 2')
-        for name in ('smoothnesses', 'lengths', 'noise_ratios'):
+        for name in ('smoothnesses', 'coarse_smoothnesses', 'lengths', 'noise_ratios'):
             values = tuple(float(value) for value in getattr(self, name))
             object.__setattr__(self, name, values)
-            finite = values if name != 'smoothnesses' else ()
-            positive = bool(values) and all(v > 0 for v in values) and all(map(isfinite, finite))
-            _require(positive, name, values, 'one or more positive numbers')
+            is_grid = name in ('lengths', 'noise_ratios')
+            positive = all(v > 0 and (isfinite(v) or not is_grid) for v in values)
+            there = bool(values) or name == 'coarse_smoothnesses'
+            _require(there and positive, name, values, 'one or more positive numbers')
             increasing = all(one < next_one for one, next_one in pairwise(values))
-            fine = self.refinement == 1 or name == 'smoothnesses' or increasing
+            fine = self.refinement == 1 or not is_grid or increasing
             _require(fine, name, values, 'increasing numbers, as refinement is not 1')
+        num, coarse = len(self.smoothnesses), self.coarse_smoothnesses
+        expected = f'none, or {num} as smoothnesses'
+        _require(len(coarse) in (0, num), 'coarse_smoothnesses', coarse, expected)
         for name in (
             'points_per_voxel',
             'amplitude_shape',
@@ -81,6 +87,14 @@ class LeastSquaresConfig:
             value = getattr(self, name)
             _require(isfinite(value) and value >= 0, name, value, 'a number of at least 0')
         _require(self.amplitude_shape > 1, 'amplitude_shape', self.amplitude_shape, 'above 1')
+
+    def of_level(self, level: int) -> 'LeastSquaresConfig':
+        """
+        Return the options of the tiles of a level; 0 is the finest.
+        """
+        if level == 0 or not self.coarse_smoothnesses:
+            return self
+        return replace(self, smoothnesses=self.coarse_smoothnesses)
 
 
 @dataclass(frozen=True)
@@ -192,7 +206,11 @@ class CMANPConfig:
             'num_blocks': 2,
             'inducing_points': True,
             'least_squares': LeastSquaresConfig(
-                per_axis, voxels_per_axis=voxels, refinement=2, outlier_share=0.05
+                per_axis,
+                coarse_smoothnesses=(2.5,),
+                voxels_per_axis=voxels,
+                refinement=2,
+                outlier_share=0.05,
             ),
             'num_levels': 3,
         }

@@ -4,6 +4,7 @@ What predictions need of tiles, from their sums alone: no map here.
 It is most of the work of a prediction, and may be done in another process.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -70,9 +71,6 @@ class Solver:
         self._model, self._options = model, model.config.least_squares
         self._geometry = geometry
         self.neighbourhood = Neighbourhood(self._options, geometry)
-        if self._options is not None:
-            dim_x = model.config.dim_x
-            self._variances = least_squares.prior_variances(self._options, dim_x)
 
     def solve(self, request: Request) -> Solution:
         """
@@ -89,38 +87,45 @@ class Solver:
         inputs = torch.cat([scale.unsqueeze(1), weight], 1).flatten(1)
         inputs = torch.cat([request.version.unsqueeze(1).double(), inputs], 1)
         stale = (inputs != request.before).any(1).nonzero()[:, 0]
+        keys = torch.tensor(request.wanted)[stale]
         solved = self._marginals(
+            keys[:, 0],
             LeastSquaresSums(*(part[stale] for part in request.sums)),
-            scale[stale],
-            weight[stale],
-            self._geometry.nearest(torch.tensor(request.wanted)[stale]),
+            (scale[stale], weight[stale], self._geometry.nearest(keys)),
         )
         return Solution(latents, found, inputs, stale, solved)
 
     def posterior(
         self,
+        level: int,
         sums: LeastSquaresSums,
         scale: Tensor,
         weight: Tensor,
         nearest: Tensor | None = None,
     ) -> Regression:
         """
-        Solve regressions whose hyperparameters are known.
+        Solve regressions of tiles of one level whose hyperparameters are known.
 
         :param scale: (tiles, dim_y) of the amplitude's prior; `weight` (tiles, settings, dim_y).
         :param nearest: (tiles,), see `outliers.posterior`.
         """
-        return outliers.posterior(self._options, self._variances, sums, scale, weight, nearest)
+        return outliers.posterior(*self._prior(level), sums, scale, weight, nearest)
+
+    def _prior(self, level):
+        """Return the options of a level, and its prior variances."""
+        options = self._options.of_level(level)
+        return options, least_squares.prior_variances(options, self._model.config.dim_x)
 
     def _evidence(self, request):
         """Return the evidence of the unknown, and of all members of all levels."""
         if not request.unknown.any():
             return None, request.evidence
 
-        def solve(sums):
-            return least_squares.evidence(self._options, self._variances, sums)
+        def solve(level, sums):
+            return least_squares.evidence(*self._prior(level), sums)
 
-        found = Evidence(*_in_parts(solve, SOLVED_AT_ONCE, request.unknown_sums))
+        level = torch.tensor([key[0] for one in request.levels for key in one.members])
+        found = Evidence(*_by_level(solve, level[request.unknown], request.unknown_sums))
         if request.evidence is None:
             return found, found
         merged = [part.new_empty(len(request.unknown), *part.shape[1:]) for part in found]
@@ -128,17 +133,33 @@ class Solver:
             whole[request.unknown], whole[~request.unknown] = unknown, known
         return found, Evidence(*merged)
 
-    def _marginals(self, sums, *hyperparameters):
+    def _marginals(self, level, sums, hyperparameters):
         """Return regressions without their covariances, and their hyperparameters."""
 
-        def solve(sums, hyperparameters):
+        def solve(level, sums, hyperparameters):
             scale, weight, nearest = hyperparameters
-            return *self.posterior(sums, scale, weight, nearest)[:-1], scale, weight
+            return *self.posterior(level, sums, scale, weight, nearest)[:-1], scale, weight
 
-        return _in_parts(solve, SOLVED_AT_ONCE, sums, hyperparameters)
+        return _by_level(solve, level, sums, hyperparameters)
 
     def _latents(self, sums):
         return _in_parts(self._model.latents, ENCODED_AT_ONCE, sums)
+
+
+def _by_level(function, level, *arguments):
+    """
+    Call a function of a level and tuples of tensors (tiles, ...), with some tiles of it at a time.
+
+    :param level: (tiles,).
+    :return: the tensors that it returns, for all tiles; of no tiles none.
+    """
+    where, parts = [], []
+    for one in level.unique().tolist():
+        where.append((level == one).nonzero()[:, 0])
+        own = (_some_of(argument, where[-1]) for argument in arguments)
+        parts.append(_in_parts(partial(function, one), SOLVED_AT_ONCE, *own))
+    back = torch.cat([level.new_empty(0), *where]).argsort()
+    return [torch.cat(part)[back] for part in zip(*parts, strict=True)]
 
 
 def _in_parts(function, size, *arguments):
@@ -150,7 +171,12 @@ def _in_parts(function, size, *arguments):
     parts = []
     for some in torch.arange(len(arguments[0][0])).split(size):
         if len(some):
-            own = ([part[some] for part in argument] for argument in arguments)
-            kinds = (getattr(type(argument), '_make', tuple) for argument in arguments)
-            parts.append(function(*(kind(one) for kind, one in zip(kinds, own, strict=True))))
+            parts.append(function(*(_some_of(argument, some) for argument in arguments)))
     return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def _some_of(tensors, which):
+    """
+    Return a tuple of the same kind, with some rows of each tensor.
+    """
+    return getattr(type(tensors), '_make', tuple)([part[which] for part in tensors])

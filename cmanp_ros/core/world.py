@@ -549,7 +549,7 @@ class World:
             own = (pairs.row == row).nonzero()[:, 0]
             yield (
                 own,
-                self._regression_of(torch.tensor([row])),
+                self._regression_of(row, int(pairs.cover.key[own[0], 0])),
                 (mixture.weight[own] / pairs.prior.variance[own]).sqrt(),
             )
 
@@ -582,10 +582,11 @@ class World:
         rows = self.tiles.rows(keys).tolist()
         return [key for row, key in zip(rows, keys, strict=True) if self._ready.get(row) != key]
 
-    def _regression_of(self, rows):
-        """Return solved regressions with their covariances, which are not kept: too large."""
+    def _regression_of(self, row, level):
+        """Return a solved regression with its covariance, which is not kept: too large."""
+        rows = torch.tensor([row])
         *_, scale, weight = self._regression.get(rows)
-        return self._solver.posterior(self.tiles.least_squares(rows), scale, weight)
+        return self._solver.posterior(level, self.tiles.least_squares(rows), scale, weight)
 
 
 class _Cache:

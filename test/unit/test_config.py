@@ -141,6 +141,19 @@ def test_grids_with_settings_in_between_are_in_order(name):
     assert LeastSquaresConfig(smoothnesses=(inf, 1.5), refinement=2).smoothnesses == (inf, 1.5)
 
 
+def test_coarse_tiles_may_have_other_smoothnesses_as_many_as_the_finest():
+    config = LeastSquaresConfig(smoothnesses=(1.5,), coarse_smoothnesses=(inf,))
+    assert config.of_level(0) is config
+    assert [config.of_level(level).smoothnesses for level in (1, 2)] == [(inf,), (inf,)]
+    alike = LeastSquaresConfig(smoothnesses=(0.5, 2.5))
+    assert alike.of_level(2) is alike
+    for value in ((-1.0,), (nan,)):
+        message = f'coarse_smoothnesses is {value!r}, expected one or more positive numbers'
+        assert_refused(message, LeastSquaresConfig, coarse_smoothnesses=value)
+    message = 'coarse_smoothnesses is (1.5, 2.5), expected none, or 1 as smoothnesses'
+    assert_refused(message, LeastSquaresConfig, coarse_smoothnesses=(1.5, 2.5))
+
+
 @pytest.mark.parametrize('name', ['lengths', 'noise_ratios'])
 def test_only_the_smoothness_may_be_infinite(name):
     assert LeastSquaresConfig(smoothnesses=(inf,)).smoothnesses == (inf,)

@@ -1,5 +1,6 @@
 """A world of tiles is a function of the points folded, and of nothing else."""
 
+import dataclasses
 import functools
 import math
 from itertools import product
@@ -52,6 +53,7 @@ def model_of(dim=2, dim_y=1, kind='field', corrects=True, amplitude_scale=0.3, *
     memory = LeastSquaresConfig(
         functions_per_axis=FUNCTIONS[dim],
         smoothnesses=(1.5,),
+        coarse_smoothnesses=(2.5,),
         lengths=(0.4, 1.0),
         noise_ratios=(0.1, 0.3),
         voxels_per_axis=VOXELS[dim],
@@ -467,18 +469,22 @@ class Oracle:
     def __init__(self, made):
         keys, state = made.export()
         self.options, self.grid = made.model.config.least_squares, made.geometry
-        self.variances = least_squares.prior_variances(self.options, self.grid.dim_x)
         sums = [states.select(state, [i]).least_squares for i in range(len(keys))]
         self.sums = dict(zip(keys, sums, strict=True))
         self.evidence = {
-            key: least_squares.evidence(self.options, self.variances, own)
-            for key, own in self.sums.items()
+            key: least_squares.evidence(*self._prior(key), own) for key, own in self.sums.items()
         }
         self.scale, self.weight, self.amplitude = {}, {}, {}
         for level in reversed(range(self.grid.num_levels)):
             own = {key: self._log_evidence(key) for key in keys if key[0] == level}
             for key in own:
                 self._share(key, own)
+
+    def _prior(self, key):
+        """Return the options of a tile's level: it has its own smoothness."""
+        nu = self.options.smoothnesses if key[0] == 0 else self.options.coarse_smoothnesses
+        own = dataclasses.replace(self.options, smoothnesses=nu)
+        return own, least_squares.prior_variances(own, self.grid.dim_x)
 
     def _log_evidence(self, key):
         self.scale[key] = self._scale(key)
@@ -515,8 +521,7 @@ class Oracle:
 
     def regression(self, key):
         return outliers.posterior(
-            self.options,
-            self.variances,
+            *self._prior(key),
             self.sums[key],
             self.scale[key],
             self.weight[key],
@@ -1089,7 +1094,8 @@ def test_in_a_hurry_tiles_keep_hyperparameters_and_have_all_observations(solved,
     (x, y), x_target = points(n=200), targets()
     made = world_of(x, y)
     made.predict(x)
-    rows = made.tiles.rows(made.asked(made.tiles.keys()))
+    keys = made.asked(made.tiles.keys())
+    rows = made.tiles.rows(keys)
     *_, scale, weight = made._regression.get(rows)
     made.fold(x[:3], y[:3] + 1.0)
     solved()
@@ -1098,8 +1104,10 @@ def test_in_a_hurry_tiles_keep_hyperparameters_and_have_all_observations(solved,
     cost, (mean, *_, scale_then, weight_then) = solved(), made._regression.get(rows)
     assert cost['evidence'] == 0 < cost['posterior'] and cost['latents'] > 0
     assert torch.equal(scale, scale_then) and torch.equal(weight, weight_then)
-    expected = made._solver.posterior(made.tiles.least_squares(rows), scale, weight)
-    torch.testing.assert_close(mean, expected.mean, rtol=1e-5, atol=1e-6)
+    for i, (level, *_) in enumerate(keys):
+        own, sums = slice(i, i + 1), made.tiles.least_squares(rows[i : i + 1])
+        expected = made._solver.posterior(level, sums, scale[own], weight[own])
+        torch.testing.assert_close(mean[own], expected.mean, rtol=1e-5, atol=1e-6)
     assert (found[0] - world_of(x, y).predict(x_target)[0]).abs().max() > 1e-3
 
 
