@@ -238,7 +238,7 @@ def forget(a: LeastSquaresSums, factor: float) -> LeastSquaresSums:
 
 
 NUM_SUMMARIES = 9
-LOG_AMPLITUDE, LOG_HONESTY, SEEN = 5, 7, 8  # where some of them stand
+LOG_AMPLITUDE, LOG_COUNT, LOG_HONESTY, SEEN = 5, 6, 7, 8  # where some of them stand
 CELLS_PER_AXIS = 5  # of a tile, each seen or not: a pass of a track fills about a third of them
 MATRICES_AT_ONCE = 40  # that are factorized together: they fit in caches
 FEW = (24, 40)  # points of a tile: their covariance is factorized, not all weights'
@@ -689,6 +689,13 @@ def honesty(config: LeastSquaresConfig, a: LeastSquaresSums) -> Tensor:
     limit = FAR_MORE * points.nanmedian(-1, keepdim=True).values.clamp(min=enough)
     share = points.clamp(max=enough).nansum(-1) / torch.minimum(points, limit).nansum(-1)
     return torch.where(occupied.any(-1), share, 1.0)
+
+
+def largest_count(config: LeastSquaresConfig, dim_x: int) -> float:
+    """
+    Return how many points of a tile count at most, see `honesty`: all voxels are full then.
+    """
+    return config.points_per_voxel * config.voxels_per_axis**dim_x
 
 
 def _seen(config, a):

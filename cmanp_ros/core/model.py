@@ -330,7 +330,7 @@ class CMANP(nn.Module):
             mean = prior.mean + stddev * _bounded(first, 2.0)
             limit = torch.where(second < 0, -log(LEAST_STDDEV), 2.5)
             correction = _bounded(second, limit).exp()
-            head_start, known = _head_start(prior, self.config.num_levels).expand(2, *mean.shape)
+            head_start, known = _head_start(prior, self.config).expand(2, *mean.shape)
             log_weight = _bounded(third, 6.0) - 2 * stddev.log() + known  # untrained: by precision
             answer = Decoded(mean, stddev * correction, correction, log_weight, head_start)
             return _mixed_with(answer, stddev, *own) if own else answer
@@ -428,28 +428,32 @@ OWN_LOG_ODDS = -2.0  # of an untrained decoder's own answer where both are as pr
 SEEN_WELL = 0.5  # share of a tile: more than one pass of a track, less than scattered readings
 STEEP = 1.6  # amplitude over that of the coarsest tiles above
 SEEN_ALL_OVER, SCATTERED = 0.75, 0.9  # shares of a tile, and of its readings that count
+FULL = 0.55  # of what can count of a tile's readings at most
 PART = 0.4  # of the head start, of the stddev of such tiles
 
 
-def _head_start(prior, num_levels):
+def _head_start(prior, config):
     """
     Return by how much finer tiles that were seen well weigh more, in logarithms.
 
     A coarse tile takes its noise to be the same all over, so where the field is rough it claims
     less error than it has. Not so a tile that was seen along a track only, or in which passes
     disagree or a blunder looks like a cliff: it extrapolates wildly. For standard deviations it
-    has to be seen all over, by readings that are scattered: those that crowd in passes tell less
-    than their number.
+    has to be seen all over, by readings that are scattered or fill it: those that crowd in passes
+    tell less than their number.
 
     :return: (2, ...): what is added for means alone, and what for both.
     """
     seen = prior.summary[..., least_squares.SEEN]
-    num_coarser = (1 - prior.context[..., 0]) / 2 * (num_levels - 1)
+    num_coarser = (1 - prior.context[..., 0]) / 2 * (config.num_levels - 1)
     is_calm = torch.sigmoid(10 * (log(STEEP) - prior.summary[..., least_squares.LOG_AMPLITUDE]))
     whole = num_coarser.square() * torch.sigmoid(20 * (seen - SEEN_WELL)) * is_calm
     log_honesty = prior.summary[..., least_squares.LOG_HONESTY]
     is_scattered = torch.sigmoid(30 * (log_honesty - log(SCATTERED)))
-    both = PART * torch.sigmoid(20 * (seen - SEEN_ALL_OVER)) * is_scattered * whole
+    full = FULL * least_squares.largest_count(config.least_squares, config.dim_x)
+    is_full = torch.sigmoid(8 * (prior.summary[..., least_squares.LOG_COUNT] - log(full)))
+    tells_all = torch.maximum(is_scattered, is_full)
+    both = PART * torch.sigmoid(20 * (seen - SEEN_ALL_OVER)) * tells_all * whole
     return torch.stack([whole - both, both])
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
-from math import exp, log
+from math import exp, log, log1p
 
 import pytest
 import small_models
@@ -485,25 +485,28 @@ def test_an_untrained_field_model_weights_its_answers_by_precision():
 
 @pytest.mark.parametrize('level', [0, 1, 2])  # finest to coarsest
 @pytest.mark.parametrize(
-    ('seen', 'honesty', 'log_amplitude', 'is_trusted', 'for_both'),
+    ('seen', 'honesty', 'full', 'log_amplitude', 'is_trusted', 'for_both'),
     [
-        (1.0, 1.0, 0.0, True, 0.38),
-        (1.0, 1.0, -3.0, True, 0.38),
-        (0.8, 1.0, 0.0, True, 0.28),  # nearly all over
-        (0.8, 0.7, 0.0, True, 0.0),  # by passes
-        (0.2, 1.0, 0.0, False, 0.0),
-        (0.8, 1.0, 1.0, False, 0.0),  # a cliff
+        (1.0, 1.0, 0.1, 0.0, True, 0.38),
+        (1.0, 1.0, 0.1, -3.0, True, 0.38),
+        (0.8, 1.0, 0.1, 0.0, True, 0.28),  # nearly all over
+        (0.8, 0.7, 0.1, 0.0, True, 0.0),  # by passes
+        (0.8, 0.3, 0.8, 0.0, True, 0.28),  # by passes that fill it
+        (0.2, 1.0, 0.1, 0.0, False, 0.0),
+        (0.8, 1.0, 0.1, 1.0, False, 0.0),  # a cliff
     ],
 )
 def test_finer_tiles_that_are_trusted_have_a_head_start(
-    level, seen, honesty, log_amplitude, is_trusted, for_both
+    level, seen, honesty, full, log_amplitude, is_trusted, for_both
 ):
     def change(prior):
         prior.context[..., 0] = level - 1
         prior.summary[..., 5], prior.summary[..., 8] = log_amplitude, seen
-        prior.summary[..., 7] = log(honesty)
+        prior.summary[..., 6], prior.summary[..., 7] = log1p(full * num_voxels * 2), log(honesty)
 
     model = CMANP(small_models.field(dim_x=2, dim_y=3)).eval()
+    num_voxels = model.config.least_squares.voxels_per_axis**2
+    assert model.config.least_squares.points_per_voxel == 2
     state = folded(model, *points(model.config, N, batch=2))
     x_target = targets(model.config, batch=2)
     before, prior = decoded(model, state, x_target)
