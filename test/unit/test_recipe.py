@@ -7,6 +7,7 @@ import pytest
 import small_models
 import yaml
 
+from cmanp_ros.checkpoint import load_model, shipped_models
 from cmanp_ros.core import CMANP, CMANPConfig
 from cmanp_ros.core.config import AutoregressiveConfig
 from cmanp_ros.core.errors import ConfigError
@@ -57,6 +58,12 @@ def test_shipped_recipes_load_and_round_trip(name):
         least, most = wanted if isinstance(wanted, tuple) else (wanted, wanted)
         assert least <= num_target <= most
         assert batch['y_target'].shape == (2, num_target, recipe.model.dim_y)
+
+
+@pytest.mark.parametrize('name', shipped_models())
+def test_recipes_of_shipped_models_describe_them(name):
+    """A preset may get new defaults: training again would make another model then."""
+    assert load_recipe(name).model == load_model(name).config
 
 
 # Reading -----------------------------------------------------------------------------------------
