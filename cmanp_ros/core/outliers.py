@@ -73,7 +73,7 @@ def _leave_out(config, variances, a, scale, nearest, found):
     tiles = may_tell.nonzero()[:, 0]
     if not len(tiles):
         return
-    everything, now, honesty = _some_of(a, tiles), _some_of(found, tiles), honesty[tiles]
+    everything, now, honesty = some_of(a, tiles), some_of(found, tiles), honesty[tiles]
     readings = extremes.candidates(everything.voxel_extremes, least_squares.dim_x_of(a))
     chance, explained = _far_off(config, everything, honesty, readings, now, readings.weight)
     some = (explained > PROMISING).any(1).nonzero()[:, 0]
@@ -81,7 +81,7 @@ def _leave_out(config, variances, a, scale, nearest, found):
         return
     tiles, chance, honesty = tiles[some], chance[some], honesty[some]
     scale, nearest = scale[tiles], nearest[tiles].view(-1, 1, 1)
-    everything, readings = _some_of(everything, some), _some_of(readings, some)
+    everything, readings = some_of(everything, some), some_of(readings, some)
     noise = now.noise_variance[some]
     own = least_squares.without(config, everything, readings, readings.weight * chance)
     weight = least_squares.weights(config, variances, own, scale)
@@ -148,11 +148,13 @@ def _far_off(config, a, honesty, readings, regression, weight):
     return chance, residual.sum(1) / (noise * count.unsqueeze(1))
 
 
-def _some_of(parts, tiles):
+def some_of(parts: tuple[Tensor, ...], tiles: Tensor) -> tuple[Tensor, ...]:
     """
-    Return the same of some tiles.
+    Return the same of some tiles, (n,): a tuple of the same kind.
+
+    :param parts: tensors (tiles, ...), with names or without.
     """
-    return type(parts)(*(part[tiles] for part in parts))
+    return getattr(type(parts), '_make', tuple)(part[tiles] for part in parts)
 
 
 def probability(

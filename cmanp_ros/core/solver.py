@@ -90,7 +90,7 @@ class Solver:
         keys = torch.tensor(request.wanted)[stale]
         solved = self._marginals(
             keys[:, 0],
-            LeastSquaresSums(*(part[stale] for part in request.sums)),
+            outliers.some_of(request.sums, stale),
             (scale[stale], weight[stale], self._geometry.nearest(keys)),
         )
         return Solution(latents, found, inputs, stale, solved)
@@ -156,7 +156,7 @@ def _by_level(function, level, *arguments):
     where, parts = [], []
     for one in level.unique().tolist():
         where.append((level == one).nonzero()[:, 0])
-        own = (_some_of(argument, where[-1]) for argument in arguments)
+        own = (outliers.some_of(argument, where[-1]) for argument in arguments)
         parts.append(_in_parts(partial(function, one), SOLVED_AT_ONCE, *own))
     back = torch.cat([level.new_empty(0), *where]).argsort()
     return [torch.cat(part)[back] for part in zip(*parts, strict=True)]
@@ -171,12 +171,5 @@ def _in_parts(function, size, *arguments):
     parts = []
     for some in torch.arange(len(arguments[0][0])).split(size):
         if len(some):
-            parts.append(function(*(_some_of(argument, some) for argument in arguments)))
+            parts.append(function(*(outliers.some_of(argument, some) for argument in arguments)))
     return [torch.cat(part) for part in zip(*parts, strict=True)]
-
-
-def _some_of(tensors, which):
-    """
-    Return a tuple of the same kind, with some rows of each tensor.
-    """
-    return getattr(type(tensors), '_make', tuple)([part[which] for part in tensors])
