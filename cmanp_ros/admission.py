@@ -10,6 +10,17 @@ from __future__ import annotations
 import numpy as np
 
 _KEY_BITS = 63  # of an int64 that is not negative
+MAX_AHEAD_SEC = 10.0  # of stamps, before the clock's own time is taken in their place
+
+
+def not_in_future(stamp: int, now: int) -> int:
+    """
+    Return a stamp [ns], or the time now [ns] if it is far beyond.
+
+    One wrong clock must not be the newest for ever: what is published bears the newest stamp, and
+    what is observed fades by the stamps of a recording.
+    """
+    return now if stamp > now + MAX_AHEAD_SEC * 1e9 else stamp
 
 
 class Admission:
@@ -139,21 +150,20 @@ class RateLimit:
 
 
 def thin(
-    admission: Admission, x_map: np.ndarray, y: np.ndarray, stamp_sec: float
-) -> tuple[np.ndarray, dict[str, int]]:
+    admission: Admission, x_map: np.ndarray, usable: np.ndarray, stamp_sec: float
+) -> tuple[np.ndarray, int]:
     """
-    Tell which points of a message to fold: of those that are finite, those that are admitted.
+    Tell which points of a message to fold: of those that are usable, those that are admitted.
 
     :param x_map: (n, dim) [m] in the map frame.
-    :param y: (n, dim_y) [field units].
+    :param usable: (n,) bool; the others take no voxel from those.
     :param stamp_sec: [s] of the message.
-    :return: (n,) bool, and reason -> number of points left out for it.
+    :return: (n,) bool, and how many usable points are left out.
     """
-    good = np.isfinite(x_map).all(1) & np.isfinite(y).all(1)
-    admitted = admission.admit(x_map[good], stamp_sec)
-    rejected = {'not_finite': int((~good).sum()), 'thinned': int((~admitted).sum())}
-    good[good] = admitted
-    return good, rejected
+    admitted = admission.admit(x_map[usable], stamp_sec)
+    good = usable.copy()
+    good[usable] = admitted
+    return good, int((~admitted).sum())
 
 
 def _voxel_keys(x: np.ndarray, voxel_size: float) -> np.ndarray:

@@ -7,6 +7,7 @@ beside it.
 """
 
 import array
+import threading
 import time
 from collections import Counter
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -43,17 +44,23 @@ class Control:
         if p.state_directory:
             self.directory.check()
             node.get_logger().info(f'maps are saved in {self.directory.folder}')
-        self.save_fault = ''
-        """Why the map was not saved by itself the last time; '' if it was."""
+        self._autosave_fault = self._store_fault = ''
         self.peer_fault = {}
         """Topic -> why the newest map there was refused."""
         self.num_refused = Counter()
         """Reason -> maps of peers."""
-        self._continues_saved = False  # what is saved by itself is an earlier state of this map
+        self._num_maps = 0  # begun: by a reset, or by loading one
+        self._saved_map = None  # which of them is the one that is saved by itself
+        self._saving = threading.Lock()
         self._state = node.open_publisher(State, '~/state', LATCHED)
         self._saved_version = node.fleet.own.version
         self._forgotten_at = None  # [ns] of the node's clock
         self._sending = self._flushing = self._sent_version = None
+
+    @property
+    def save_fault(self) -> str:
+        """Why what is new was not saved by itself, or not written to the store; '' if it was."""
+        return self._store_fault or self._autosave_fault
 
     def open(self):
         """Open the inputs and start the timers."""
@@ -119,7 +126,8 @@ class Control:
 
     def begin_again(self):
         """Forget the map, on the worker's thread."""
-        intake, self._continues_saved = self._node.intake, False
+        intake = self._node.intake
+        self._num_maps += 1
         self._node.fleet.own.reset()
         intake.begin_again(intake.nothing_yet())
 
@@ -146,7 +154,7 @@ class Control:
     def _on_merge(self, request, response):
         def merge():
             node, found = self._node, self.directory.load(request.name, self._node.fleet.own)
-            node.fleet.own.mark(time.monotonic())
+            node.intake.mark(time.monotonic())
             node.fleet.own.merge(found.field)
             node.intake.observed(found.provenance.oldest_stamp, found.provenance.newest_stamp)
             return f'merged {maps.summary(found.field)}'
@@ -155,16 +163,14 @@ class Control:
 
     def _on_undo(self, request, response):
         def undo():
-            node = self._node
-            taken, seconds = node.fleet.own.undo(request.seconds, time.monotonic())
+            node, now = self._node, time.monotonic()
+            taken, seconds = node.fleet.own.undo(request.seconds, now)
             if not seconds:
                 raise InputError(
                     'nothing to take back: nothing was folded since the start, or since the last '
                     'reset or load, beyond which no undo goes; load a saved map instead'
                 )
-            node.refresher.begin_again()
-            for source in node.intake.sources.values():
-                source.admission.clear()  # what was taken back may come again
+            node.intake.taken_back(now - seconds)
             response.num_taken_back, response.seconds = taken, seconds
             return f'took back {taken} observations of the last {seconds:.1f} s'
 
@@ -178,8 +184,9 @@ class Control:
         saved = self.directory.load(name, own)
         own.replace_with(saved.field)
         self._node.intake.begin_again(saved.provenance)
-        self._continues_saved = name == AUTOSAVE
-        self._saved_version = own.version if self._continues_saved else None
+        self._num_maps += 1
+        self._saved_map = self._num_maps if name == AUTOSAVE else None
+        self._saved_version = own.version if name == AUTOSAVE else None
 
     def _answer(self, response, work, finish=lambda result: result):
         """
@@ -197,14 +204,13 @@ class Control:
 
         future = self._node.worker.ask(counted)
         try:
-            message = finish(future.result(TIMEOUT_SEC))
+            message = finish(_result(future))
             response.success = True
         except CMANPError as error:
             response.success, message = False, str(error)
             if hasattr(response, 'code'):
                 response.code = int(getattr(error, 'code', Code.OTHER_MAP))
         except FutureTimeout:
-            future.cancel()
             response.success, message = False, f'not done within {TIMEOUT_SEC:g} s: overloaded'
         except Exception as error:  # a fault of ours or of torch must not end the node
             response.success, message = False, f'not done: {error!r}'
@@ -221,36 +227,51 @@ class Control:
 
     def autosave(self):
         """Save the map if it changed since the last time."""
+        with self._saving:  # at the end, too: the newer one is written last
+            self._autosave()
+
+    def _autosave(self):
         node = self._node
-        version = node.fleet.own.version
-        if version == self._saved_version:
+        if node.fleet.own.version == self._saved_version:
             return
 
-        def writer():
-            return self.directory.writer(node.fleet.own, AUTOSAVE, node.intake.provenance, True)
+        def copied():
+            own = node.fleet.own
+            write = self.directory.writer(own, AUTOSAVE, node.intake.provenance, True)
+            return own.version, self._num_maps, write
 
         try:
-            write = node.worker.ask(writer).result(TIMEOUT_SEC)
-            if not self._continues_saved and (aside := self.directory.set_aside(AUTOSAVE)):
+            version, number, write = _result(node.worker.ask(copied))
+            if self._saved_map != number and (aside := self.directory.set_aside(AUTOSAVE)):
                 node.get_logger().warning(
                     f"'{AUTOSAVE}' is of another map, which was not restored, or was reset or "
                     f"replaced: it is kept as '{aside}'"
                 )
             write()
-            self._continues_saved, self._saved_version, self.save_fault = True, version, ''
+            self._saved_map, self._saved_version, self._autosave_fault = number, version, ''
         except (CMANPError, FutureTimeout) as error:
-            self.save_fault = str(error) or f'overloaded for {TIMEOUT_SEC:g} s'
-            node.warn('autosave', f'not saved by itself, it is in memory only: {self.save_fault}')
+            fault = str(error) or f'overloaded for {TIMEOUT_SEC:g} s'
+            self._autosave_fault = f'autosave failed: {fault}'
+            node.warn('autosave', f'not saved by itself, it is in memory only: {fault}')
 
     def _mark(self):
         """Let ~/undo go back to this moment."""
-        mark, now = self._node.fleet.own.mark, time.monotonic()
+        mark, now = self._node.intake.mark, time.monotonic()
         self._node.in_background(lambda: mark(now))
 
     def _flush(self):
         """Write what changed to the store."""
+
+        def flush():
+            try:
+                self._node.fleet.own.flush()
+                self._store_fault = ''
+            except CMANPError as error:
+                self._store_fault = f'the store failed: {error}'
+                self._node.warn('store', f'not written, it is in memory only: {error}')
+
         if is_over(self._flushing):
-            self._flushing = self._node.in_background(self._node.fleet.own.flush)
+            self._flushing = self._node.in_background(flush)
 
     def _forget(self):
         """Let the time fade that has passed on the node's clock."""
@@ -296,3 +317,18 @@ class Control:
                 node.warn(f'{topic}_{received.reason}', received.text)
 
         node.in_background(receive)
+
+
+def _result(future):
+    """
+    Wait for an answer of the worker.
+
+    :raises FutureTimeout: when it was not begun in time, and will not be. What was begun is
+        waited for, however long it takes: nothing is done that was said not to be.
+    """
+    try:
+        return future.result(TIMEOUT_SEC)
+    except FutureTimeout:
+        if future.cancel():
+            raise
+        return future.result()

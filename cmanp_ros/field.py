@@ -68,6 +68,11 @@ class NeuralField:
                 f'bounds have {geometry.dim_x} numbers per corner, the model takes locations of '
                 f'{model.config.dim_x}: give bounds of that many, or another model'
             )
+        if model.config.autoregressive or model.config.num_global:
+            raise ConfigError(
+                'this model is a CMANP-AND, or has a global latent variable: it is made for '
+                "`cmanp evaluate gp1d`; a map takes another one, such as 'field'"
+            )
         self.model, self.geometry, self.normalization = model, geometry, normalization
         self.half_life_sec = half_life_sec
         self.weights_hash = files.weights_hash(model)
@@ -212,30 +217,46 @@ class NeuralField:
         :raises InputError: for wrong shapes, or when a sum would not be finite; the map is
             unchanged, to the bit.
         """
-        config = self.model.config
-        x = _as_matrix(x, config.dim_x, 'x')
-        y = np.asarray(y, np.float64)
-        y = _as_matrix(y[:, None] if y.ndim == 1 else y, config.dim_y, 'y')
-        if len(x) != len(y):
-            raise InputError(f'x has {len(x)} rows and y has {len(y)}: expected as many')
-        target = self.normalization.value_to_model(y)
-        with np.errstate(invalid='ignore'):
-            usable = {
+        x, y = self._observations(x, y)
+        good, rejected = self.usable(x, y)
+        folded = int(good.sum())
+        if folded:
+            target = self.normalization.value_to_model(y[good])
+            with torch.inference_mode():
+                self.world.fold(self._tensor(x[good]), self._tensor(target))
+            self._version += 1
+        return Observed(folded, rejected)
+
+    def usable(self, x, y) -> tuple[np.ndarray, dict[str, int]]:
+        """
+        Tell which observations can be folded, and why others cannot.
+
+        :return: (n,) bool, and reason -> number of those left out for it.
+        :raises InputError: for wrong shapes.
+        """
+        x, y = self._observations(x, y)
+        with np.errstate(invalid='ignore', over='ignore'):
+            target = self.normalization.value_to_model(y)
+            masks = {
                 'not_finite': np.isfinite(x).all(-1) & np.isfinite(y).all(-1),
                 'outside_workspace': self._contains(x),
                 'value_out_of_range': (np.abs(target) <= LARGEST_VALUE).all(-1),
             }
         good, rejected = np.ones(len(x), bool), {}
-        for reason, mask in usable.items():
+        for reason, mask in masks.items():
             if (count := int((good & ~mask).sum())) > 0:
                 rejected[reason] = count
             good &= mask
-        folded = int(good.sum())
-        if folded:
-            with torch.inference_mode():
-                self.world.fold(self._tensor(x[good]), self._tensor(target[good]))
-            self._version += 1
-        return Observed(folded, rejected)
+        return good, rejected
+
+    def _observations(self, x, y):
+        """Return x (n, dim_x) and y (n, dim_y) as float64."""
+        config = self.model.config
+        x, y = _as_matrix(x, config.dim_x, 'x'), np.asarray(y, np.float64)
+        y = _as_matrix(y[:, None] if y.ndim == 1 else y, config.dim_y, 'y')
+        if len(x) != len(y):
+            raise InputError(f'x has {len(x)} rows and y has {len(y)}: expected as many')
+        return x, y
 
     def reset(self):
         """
@@ -250,17 +271,17 @@ class NeuralField:
         self.world.tiles.totals['robots'] = own
         self._version += 1
 
-    def mark(self, now: float):
+    def mark(self, now: float) -> bool:
         """
         Let `undo` go back to this moment: call it before each `observe` or `merge`.
 
         Marks closer than an eighth of the window are left out; without a window it does nothing.
 
         :param now: [s] on a clock that never goes back.
+        :return: whether a mark was set.
         """
         tiles = self.world.tiles
-        if tiles.history is not None:
-            tiles.history.mark(now, tiles.totals)
+        return tiles.history is not None and tiles.history.mark(now, tiles.totals)
 
     def undo(self, seconds: float, now: float) -> tuple[int, float]:
         """
@@ -310,8 +331,7 @@ class NeuralField:
                 'maps that began apart, or load the other one in place of this'
             )
         with torch.inference_mode():
-            self.world.merge(other.world)
-        self.world.tiles.totals['robots'] = [*self.robots, *other.robots]
+            self.world.merge(other.world, robots=[*self.robots, *other.robots])
         self._version += 1
 
     def replace_with(self, other: 'NeuralField'):
@@ -334,10 +354,16 @@ class NeuralField:
         self.world.tiles.flush()
 
     def close(self):
-        """Flush and close the store."""
+        """
+        Flush and close the store.
+
+        :raises CheckpointError: when it cannot be written; it is closed all the same.
+        """
         if self._store is not None:
-            self.flush()
-            self._store.close()
+            try:
+                self.flush()
+            finally:
+                self._store.close()
 
     def save(self, path, **extra):
         """

@@ -48,24 +48,27 @@ class Fleet:
 
     Everything that changes the own map apart from new observations and time is done on `own`:
     undo, reset, merge and replace_with (of a loaded map) touch that alone, and the peers see it
-    with the next `state`. Their maps stay, except those whose observations `own` now holds itself.
+    with the next `state`. Their maps stay; those whose observations `own` holds itself do not
+    count meanwhile.
     """
 
-    def __init__(self, own: NeuralField, frame: str):
+    def __init__(self, own: NeuralField, frame: str, now: int = 0):
         """
         Start without peers.
 
         :param frame: of all maps.
+        :param now: [ns] since 1970: what was sent before was not sent from here.
         """
         self.own, self._frame = own, frame
         self._peers: dict[str, _Peer] = {}
         self._combined, self._combined_version = None, -1
-        self._num_taken = self._sequence = 0
+        self._num_taken, self._sequence = 0, now
 
     @property
     def peers(self) -> list[str]:
-        """Ids of the maps received."""
-        return list(self._peers)
+        """Ids of the maps received that count."""
+        own = set(self.own.robots)
+        return [name for name, p in self._peers.items() if own.isdisjoint(p.field.robots)]
 
     @property
     def version(self) -> int:
@@ -82,7 +85,25 @@ class Fleet:
     @property
     def num_far_off(self) -> int:
         """Observations that predictions leave out: `NeuralField.num_far_off`."""
-        return (self._combined or self.own).num_far_off
+        return self._answering.num_far_off
+
+    @property
+    def num_observations(self) -> int:
+        """Points in all maps that count."""
+        return sum(field.num_observations for field in self._fields())
+
+    @property
+    def is_settled(self) -> bool:
+        """`NeuralField.is_settled` of what answers; it is not made anew for that."""
+        return self._answering.is_settled
+
+    def forget_solved(self):
+        """Have nobody answered from what was solved until now."""
+        self._answering.forget_solved()
+
+    @property
+    def _answering(self):
+        return self._combined or self.own
 
     @property
     def combined(self) -> NeuralField:
@@ -91,16 +112,15 @@ class Fleet:
 
         Not to be changed; it is another object whenever a peer's map arrived.
         """
-        self._leave_out_what_own_holds()
-        if not self._peers:
+        if not self.peers:
             self._combined = None
             return self.own
         if not self._is_current():
             most = self.own.world.tiles.max_tiles * (1 + MAX_PEERS)  # memory grows as needed
-            self._combined = self.own.empty_like(most)
+            combined = self.own.empty_like(most)
             keys = {key for field in self._fields() for key in field.world.tiles.keys()}
-            self._renew(sorted(keys))
-            self._combined_version = self.own.version
+            self._renew(combined, sorted(keys))
+            self._combined, self._combined_version = combined, self.own.version
         return self._combined
 
     def observe(self, x, y) -> Observed:
@@ -136,8 +156,13 @@ class Fleet:
         :param data: the bytes of a saved map.
         """
         if robot == self.own.robots[0]:
-            return Received('own', 'this map itself came back: nothing to do')
-        self._leave_out_what_own_holds()
+            if sequence <= self._sequence:
+                return Received('own', 'this map itself came back: nothing to do')
+            return Received(
+                'counted_twice',
+                f'robot {robot!r} sent a map of the same id as this one: both began from one '
+                'file, whose observations would count twice; reset one of the two maps',
+            )
         older = self._peers.get(robot)
         if older is not None and sequence <= older.sequence:
             return Received(
@@ -149,13 +174,14 @@ class Fleet:
             return Received(error.code.name.lower(), str(error))
         if (refused := self._refusal(robot, field)) is not None:
             return refused
-        self._peers[robot] = _Peer(sequence, field)
         changed = field.world.changed_since(older and older.field.world)
-        if changed is None or not self._is_current():
-            self._combined = None
-        else:  # what did not change need not be solved again
-            self._renew(changed)
+        self._peers = self._peers | {robot: _Peer(sequence, field)}  # others may be reading it
         self._num_taken += 1
+        combined, is_current = self._combined, self._is_current()
+        self._combined = None
+        if changed is not None and is_current:  # what did not change need not be solved again
+            self._renew(combined, changed)
+            self._combined = combined
         return Received(None, f'map {sequence} of robot {robot!r}: {maps.summary(field)}')
 
     def _refusal(self, robot, field):
@@ -194,21 +220,13 @@ class Fleet:
             )
         return None
 
-    def _renew(self, keys):
-        """Make tiles of the combined map anew."""
+    def _renew(self, combined, keys):
+        """Make tiles of a combined map anew."""
         with torch.inference_mode():
-            self._combined.world.renew(keys, [field.world for field in self._fields()])
+            combined.world.renew(keys, [field.world for field in self._fields()])
 
     def _fields(self):
-        return [self.own, *(self._peers[robot].field for robot in sorted(self._peers))]
-
-    def _leave_out_what_own_holds(self):
-        """Drop the peers whose observations were merged into the own map, or loaded."""
-        own = set(self.own.robots)
-        double = [name for name, p in self._peers.items() if not own.isdisjoint(p.field.robots)]
-        for name in double:
-            del self._peers[name]
-            self._combined = None
+        return [self.own, *(self._peers[robot].field for robot in sorted(self.peers))]
 
     def _is_current(self):
         return self._combined is not None and self._combined_version == self.own.version

@@ -50,9 +50,9 @@ STATES = {
     'all_outside': Level.ERROR,
     'all_thinned': Level.OK,
     # A node that works.
+    'not_saved': Level.ERROR,
     'overloaded': Level.WARN,
     'tiles_dropped': Level.WARN,
-    'not_saved': Level.ERROR,
     'peer_refused': Level.ERROR,
     'overconfident': Level.WARN,
     'underconfident': Level.WARN,
@@ -267,7 +267,7 @@ class Snapshot:
     :ivar num_dropped: messages that a full queue pushed out lately.
     :ivar latency_sec: [s] from receiving a message to having it folded.
     :ivar tiles_dropped: lost because they fit neither into memory nor into a store.
-    :ivar save_fault: why autosave failed the last time; '' if it did not.
+    :ivar save_fault: why autosave or the store failed the last time; '' if neither did.
     :ivar peer_fault: topic -> why the newest map of a peer there was refused.
     """
 
@@ -390,6 +390,8 @@ def _judge_stuck(s: Snapshot, stuck: list[Verdict]) -> Verdict:
     """Judge a node that gets nothing from any source."""
     furthest = max(stuck, key=lambda trouble: _RANK[trouble.state])
     if s.num_folded and furthest.state in _SILENT:
+        if s.save_fault:
+            return _judge_saving(s)
         since = '' if s.idle_sec is None else f' for {s.idle_sec:.0f} s'
         reasons = '; '.join(trouble.what for trouble in stuck)
         return _verdict(
@@ -403,6 +405,16 @@ def _judge_stuck(s: Snapshot, stuck: list[Verdict]) -> Verdict:
     ways_out = '; '.join(dict.fromkeys(trouble.way_out for trouble in alike))
     what = ' and '.join(trouble.what for trouble in alike)
     return _verdict(furthest.state, what, ways_out)
+
+
+def _judge_saving(s: Snapshot) -> Verdict:
+    """Judge a node whose map would be lost with it."""
+    return _verdict(
+        'not_saved',
+        f'what is new in the map is in memory only: {s.save_fault}',
+        'make room or make state_directory and store writable; it is tried again each '
+        'autosave_period and store_period',
+    )
 
 
 def _judge_clock(clock: ClockView) -> Verdict | None:
@@ -489,6 +501,8 @@ def _judge_pending(s: Snapshot) -> Verdict:
 
 def _judge_working(s: Snapshot) -> Verdict:
     """Judge how well a node does that folds."""
+    if s.save_fault:
+        return _judge_saving(s)
     if s.num_dropped:
         latency = '' if s.latency_sec is None else f', {s.latency_sec:.1f} s from arrival to map'
         return _verdict(
@@ -502,12 +516,6 @@ def _judge_working(s: Snapshot) -> Verdict:
             f'{s.tiles_dropped} tiles of the map are lost: max_tiles are in memory and there is '
             'no store',
             'set store to a file, or raise max_tiles',
-        )
-    if s.save_fault:
-        return _verdict(
-            'not_saved',
-            f'the map is in memory only, autosave failed: {s.save_fault}',
-            'make room or make state_directory writable; it is tried again each autosave_period',
         )
     if s.peer_fault:
         topic, text = next(iter(s.peer_fault.items()))

@@ -8,6 +8,7 @@ received = folded + rejected (by reason) + dropped (from a full queue) + pending
 """
 
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -16,15 +17,15 @@ from rclpy.qos_overriding_options import QoSOverridingOptions
 from std_msgs.msg import Header
 
 from cmanp_ros import conversions, qos
-from cmanp_ros.admission import Admission, RateLimit, thin
+from cmanp_ros.admission import Admission, RateLimit, not_in_future, thin
 from cmanp_ros.conversions import MessageError
-from cmanp_ros.core.errors import InputError
+from cmanp_ros.core.errors import CheckpointError, CMANPError
+from cmanp_ros.core.tiles import History
 from cmanp_ros.diagnostics import Counters, CounterSnapshot, Latency
 from cmanp_ros.maps import Provenance
 from cmanp_ros.planning import Track
 from cmanp_ros.sources import reader_for
 
-MAX_AHEAD_SEC = 10.0  # of stamps, before the node's own time is taken in their place
 MAX_CALIBRATED = 32  # points of a message that are predicted before they are folded
 
 
@@ -52,6 +53,10 @@ class Source:
         self.received_at = None  # [s] of the monotonic clock
         self.num_lost = 0
         """Messages of the only publisher that never came here; not among those received."""
+        self._sequence = None
+
+    def listen_anew(self):
+        """Have what was sent while nobody listened not be taken for lost."""
         self._sequence = None
 
     def note(self, info):
@@ -126,6 +131,7 @@ class Intake:
         self.folded_at = None  # [s] of the monotonic clock
         self._latency = Latency()
         self._num_resets = 0
+        self._marks = deque(maxlen=2 * History.NUM_MARKS)  # moments that ~/undo may go back to
         self._calibrated_at = -np.inf  # [s] of the monotonic clock
         self._random = np.random.default_rng(0)
 
@@ -133,6 +139,7 @@ class Intake:
         """Subscribe."""
         for each in self._node.parameters.source_parameters:
             source = self.sources[each.name]
+            source.listen_anew()
             source.subscription = self._node.open_subscription(
                 source.reader.message_type,
                 each.topic,
@@ -161,17 +168,37 @@ class Intake:
     def observed(self, oldest_stamp: int, newest_stamp: int):
         """Note that observations of this time [ns] are in the map now."""
         self.provenance = self.provenance.observed(oldest_stamp, newest_stamp)
-        self.newest_stamp = max(self.newest_stamp, newest_stamp)
+        self.newest_stamp = max(self._not_in_future(self.newest_stamp), newest_stamp)
+
+    def mark(self, now: float):
+        """
+        Let ~/undo go back to this moment; on the worker's thread, before each change of the map.
+
+        :param now: [s] of the monotonic clock.
+        """
+        if self._node.fleet.own.mark(now):
+            self._marks.append((now, self.provenance, self.newest_stamp))
+
+    def taken_back(self, moment: float):
+        """
+        Note that the map is what it was at a mark [s]: it has the stamps of then.
+
+        Voxels are free again: what was taken back may come again.
+        """
+        while self._marks:
+            at, *then = self._marks.pop()
+            if at <= moment + 1e-6:  # the sum of two differences
+                self._marks.append((at, *then))
+                self.provenance, self.newest_stamp = then
+                break
+        self._node.refresher.begin_again()
+        for source in self.sources.values():
+            source.admission.clear()
 
     def _not_in_future(self, stamp):
-        """
-        Return a stamp [ns], or the time now if it is far beyond.
-
-        What is published bears the newest stamp: one wrong clock must not be the newest for ever.
-        """
+        """See `admission.not_in_future`; simulated time may not have begun."""
         now = self._node.get_clock().now().nanoseconds
-        is_ahead = now > 0 and stamp > now + MAX_AHEAD_SEC * 1e9  # 0: simulated, not yet begun
-        return now if is_ahead else stamp
+        return not_in_future(stamp, now) if now else stamp
 
     def begin_again(self, provenance: Provenance | None = None):
         """
@@ -189,7 +216,9 @@ class Intake:
         self._node.transforms.clear()
         self.newest_stamp = 0
         if provenance is not None:
-            self.provenance, self.newest_stamp = provenance, provenance.newest_stamp
+            self.provenance = provenance
+            self.newest_stamp = self._not_in_future(provenance.newest_stamp)
+            self._marks.clear()
         self.track.clear()
         for source in self.sources.values():
             source.admission.clear()
@@ -211,8 +240,8 @@ class Intake:
         if self.paused or not p.enabled:
             return source.messages.reject('paused' if self.paused else 'disabled')
         source.rate_limit.max_rate = p.max_rate
-        stamp = conversions.nanoseconds_from_stamp(message.header.stamp) * 1e-9
-        if not source.rate_limit.admit(stamp):
+        stamp = conversions.nanoseconds_from_stamp(message.header.stamp)
+        if not source.rate_limit.admit(stamp * 1e-9 if stamp else source.received_at):
             return source.messages.reject('rate_limited')
         try:
             reading = source.reader.read(message)
@@ -269,6 +298,8 @@ class Intake:
                     yield from self._fold(usable, x, y)
                     yield from refresher.refresh(x)
             yield from refresher.settle()
+        except Exception as error:  # or the thread of the worker would end, and the node be deaf
+            self._node.warn('internal_error', f'a fault, the node goes on: {error!r}')
         finally:
             refresher.end_fold()
 
@@ -294,7 +325,7 @@ class Intake:
                 if batches[0].num_resets != self._num_resets:
                     return self._clear(batches, waiting)
                 self._calibrate(x[chunk], y[chunk])
-                self._node.fleet.own.mark(time.monotonic())
+                self.mark(time.monotonic())
                 observed = self._node.fleet.observe(x[chunk], y[chunk])
                 waiting -= len(chunk)
                 source.points.fold(observed.folded)
@@ -322,12 +353,13 @@ class Intake:
         return x, y
 
     def _admitted(self, source, stamp, x, y):
-        """Return which points take part, (n,) bool: those that are finite, after thinning."""
+        """Return which points take part, (n,) bool: those that can be folded, after thinning."""
         p = self._node.parameters.source(source.name)
         source.admission.voxel_size = p.voxel_size
         source.admission.revisit_interval = p.revisit_interval
-        good, rejected = thin(source.admission, x, y, stamp * 1e-9)
-        self._reject_points(source, rejected)
+        usable, rejected = self._node.field.usable(x, y)
+        good, thinned = thin(source.admission, x, usable, stamp * 1e-9)
+        self._reject_points(source, rejected | {'thinned': thinned})
         return good
 
     def _calibrate(self, x, y):
@@ -358,8 +390,9 @@ class Intake:
 
     def _fail(self, batches, num_points, error):
         """Leave out what is left of messages: a fault of ours must not end the node."""
-        known = isinstance(error, InputError)
-        reason = getattr(error, 'reason', 'not_usable') if known else 'internal_error'
+        known = isinstance(error, CMANPError)
+        reason = 'not_stored' if isinstance(error, CheckpointError) else 'not_usable'
+        reason = getattr(error, 'reason', reason) if known else 'internal_error'
         for batch in batches:
             self._refuse(batch, reason, num_points, error if known else repr(error))
             num_points = 0  # of all of them

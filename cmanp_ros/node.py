@@ -93,7 +93,7 @@ class CMANPNode(LifecycleNode):
         self.calibration = Calibration()
         try:
             torch.set_num_threads(p.num_threads)
-            self.fleet = Fleet(empty_map(p), p.map_frame)
+            self.fleet = Fleet(empty_map(p), p.map_frame, time.time_ns())
             self.field.warm_up(np.array([p.bounds_min]))
             self.transforms = TransformListener(self, p.tf_timeout, p.map_frame, p.max_pending)
             self.intake, self.refresher = Intake(self), Refresher(self)
@@ -153,7 +153,10 @@ class CMANPNode(LifecycleNode):
         if self.transforms is not None:
             self.transforms.close()
         if self.fleet is not None:
-            self.fleet.own.close()
+            try:
+                self.fleet.own.close()
+            except CMANPError as error:
+                self.get_logger().error(f'the map was not written to the store: {error}')
         self.fleet = self.worker = self.transforms = None
         self.intake = self.refresher = self.answers = self.displays = None
         self.control = self.status = None

@@ -43,7 +43,7 @@ class Refresher:
     @property
     def is_behind(self) -> bool:
         """Whether answers are not yet what all observations in the map give, to rounding."""
-        return self._shown is not None or not self._node.fleet.combined.is_settled
+        return self._shown is not None or not self._node.fleet.is_settled
 
     @property
     def shown(self) -> tuple[int, int]:
@@ -57,14 +57,14 @@ class Refresher:
 
     @property
     def _folded(self):
-        return self._node.intake.newest_stamp, self._node.fleet.combined.num_observations
+        return self._node.intake.newest_stamp, self._node.fleet.num_observations
 
     def begin_again(self):
         """Forget what was being solved: the map is another one."""
         self._num_resets += 1
         self._exact = 0, 0
         self._shown, self._changed = None, []
-        self._node.fleet.combined.forget_solved()
+        self._node.fleet.forget_solved()
 
     def close(self):
         """End the second process."""
@@ -174,7 +174,7 @@ class Refresher:
             self._lose(error)
             self._helper.close()
             self._helper, self._changed = None, []
-            self._node.fleet.combined.forget_solved()
+            self._node.fleet.forget_solved()
         except Exception as error:
             self._fail(error)
         else:
@@ -187,7 +187,7 @@ class Refresher:
 
     def _fail(self, error):
         """Say that something was not solved; who asks has it solved."""
-        self._node.fleet.combined.forget_solved()
+        self._node.fleet.forget_solved()
         self._node.warn('internal_error', f'a fault, the node goes on: {error!r}')
 
 

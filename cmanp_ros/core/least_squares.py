@@ -244,6 +244,7 @@ MATRICES_AT_ONCE = 40  # that are factorized together: they fit in caches
 FEW = (24, 40)  # points of a tile: their covariance is factorized, not all weights'
 DISMISSED = 15.0  # in log evidence, under the best: settings beside it are not looked at
 FAR_MORE = 8.0  # times the median number of points in a voxel
+FORGOTTEN = 1e-6  # weight of its newest point, below which a tile goes back to the prior
 
 
 class Evidence(NamedTuple):
@@ -648,7 +649,7 @@ def _honest_sums(config, a):
     Return gram, moment, sum of squares and count of the points that count as independent.
 
     Values are taken relative to their mean: an offset of the field costs nothing, however far it
-    is beyond the relief.
+    is beyond the relief. The mean of what is forgotten, after 20 half-lives, goes back to 0.
 
     :return: these, the mean (batch, dim_y), and the share of the points that counts (batch,).
     """
@@ -657,6 +658,8 @@ def _honest_sums(config, a):
     center = a.moment[:, basis.CONSTANT] / a.count.clamp(min=1e-300).unsqueeze(-1)
     if not config.offset_variance:  # the mean is known to be 0
         center = torch.zeros_like(center)
+    freshest = a.voxel_freshness.amax(1, keepdim=True)  # 1 where nothing was forgotten
+    center = center * (freshest / FORGOTTEN).clamp(max=1)
     moment = a.moment - gram[:, :, basis.CONSTANT].unsqueeze(-1) * center.unsqueeze(1)
     sum_squares = (a.sum_squares - center * a.moment[:, basis.CONSTANT]).clamp(min=0)
     return (

@@ -92,13 +92,14 @@ class History:
         """Start again without marks."""
         self._marks.clear()
 
-    def mark(self, now: float, totals: dict):
-        """Set a mark, if the last one is an eighth of the window old."""
+    def mark(self, now: float, totals: dict) -> bool:
+        """Set a mark, if the last one is an eighth of the window old; tell whether."""
         if self._marks and now - self._marks[-1].time < self.window_sec / self.NUM_MARKS:
-            return
+            return False
         self._marks.append(Mark(now, dict(totals), {}))
         while len(self._marks) > 1 and self._marks[1].time <= now - self.window_sec:
             self._marks.popleft()
+        return True
 
     def unknown(self, keys: list[Key]) -> list[Key]:
         """Return the tiles of which there is no copy since the last mark."""
@@ -148,8 +149,6 @@ class Tiles:
             raise ConfigError(f'max_tiles is {max_tiles}, expected at least 1')
         self._model, self.max_tiles, self.store = model, max_tiles, store
         self.history = None if undo_window_sec is None else History(undo_window_sec, max_tiles)
-        self.num_dropped = 0
-        """Tiles lost for want of a store."""
         self.clear()
 
     @torch.inference_mode(False)  # tensors that can be changed in either mode
@@ -157,6 +156,8 @@ class Tiles:
         """Start again with what the store holds; a new history begins."""
         if self.history is not None:
             self.history.clear()
+        self.num_dropped = 0
+        """Tiles lost for want of a store."""
         self._row_of: OrderedDict[Key, int] = OrderedDict()  # least recently used first
         self._free = list(range(min(16, self.max_tiles)))[::-1]
         self.totals = {'num_observations': 0, 'log_fading': 0.0}
@@ -286,13 +287,53 @@ class Tiles:
         self._put(rows, state.tensors())
         self._dirty[rows] = True
 
-    def change(self, keys: list[Key], state: State):
-        """Replace the states of tiles, or make them; `undo` takes it back."""
+    def change(self, changes: list[tuple[list[Key], State]], **totals) -> Tensor:
+        """
+        Replace the states of tiles, or make them: all of them or, with an error, none.
+
+        What a store is given at any time is what all changes until then made of the map, so that
+        is what remains whenever the process ends. `undo` takes it back.
+
+        :param changes: tiles and their states; no tile twice.
+        :param totals: plain values that change with them.
+        :return: the rows of those in memory then, (n,) int64: all, or with more than fit none.
+        """
+        keys = [key for some, _ in changes for key in some]
         if self.history is not None and (first := self.history.unknown(keys)):
             there = [key for key in first if key in self]
             copies = dict(zip(there, self.to_bytes(there), strict=True))
             self.history.keep({key: copies.get(key) for key in first})
-        self.put(self.rows(keys, create=True), state)
+        if len(keys) > self.max_tiles and self.store is not None:
+            self._change_in_store(changes, totals)
+            return torch.empty(0, dtype=torch.int64)
+        parts = []
+        if len(keys) <= self.max_tiles:
+            parts = self.rows(keys, create=True).split([len(some) for some, _ in changes])
+        for number, (some, state) in enumerate(changes):
+            self.put(parts[number] if parts else self.rows(some, create=True), state)
+        self.totals |= totals
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+    def _change_in_store(self, changes, totals):
+        """Write more tiles than fit in memory at once, and all that was not yet written."""
+        keys, faded = set(), self._empty['faded'] + self.totals['log_fading']
+        contents = {}
+        for some, state in changes:
+            keys.update(some)
+            contents |= zip(some, self._content(state.tensors(), faded), strict=True)
+        dirty = [key for key in self._dirty_keys() if key not in keys]
+        contents |= zip(dirty, self._packed(dirty), strict=True)
+        self.store.write(contents, self.totals | totals)
+        self._dirty[:] = False
+        for key in keys & self._row_of.keys():
+            self._drop(key)
+        self.totals |= totals
+        self._num_tiles = len(self.store.keys())
+
+    def _content(self, tensors, faded):
+        """Return the content of each tile with these states, faded so far."""
+        parts = tensors | {'faded': faded.expand(len(next(iter(tensors.values()))))}
+        return list(_bytes([parts[name] for name in self._empty]))
 
     def replace(self, keys: list[Key], state: State | None, totals: dict):
         """
@@ -303,9 +344,8 @@ class Tiles:
         totals = {'log_fading': 0.0} | totals
         contents = {}
         if keys:
-            faded = torch.zeros(len(keys), dtype=torch.float64)
-            parts = state.tensors() | {'faded': faded}
-            contents = dict(zip(keys, _bytes([parts[name] for name in self._empty]), strict=True))
+            nothing = torch.zeros(1, dtype=torch.float64)
+            contents = dict(zip(keys, self._content(state.tensors(), nothing), strict=True))
         if self.store is not None:
             gone = [key for key in self.store.keys() if key not in contents]  # noqa: SIM118
             self.store.write(contents, totals, gone)
@@ -351,15 +391,17 @@ class Tiles:
 
     def flush(self):
         """Write every tile that changed since it was last written to the store."""
-        if self.store is not None:
-            self._write(self._dirty_keys())
-            if self.store.extra != self.totals:  # forgetting alone changes no tile
-                self.store.write({}, self.totals)
+        if self.store is None:
+            return
+        keys = self._dirty_keys()
+        if keys or self.store.extra != self.totals:  # forgetting alone changes no tile
+            self.store.write(dict(zip(keys, self._packed(keys), strict=True)), self.totals)
+            self._dirty[:] = False
 
     def to_bytes(self, keys: list[Key]) -> list[bytes]:
         """Return the content of tiles, in memory or in the store."""
         in_memory = [key for key in keys if key in self._row_of]
-        found = dict(zip(in_memory, self._packed(in_memory), strict=True)) if in_memory else {}
+        found = dict(zip(in_memory, self._packed(in_memory), strict=True))
         stored = [key for key in keys if key not in found]
         if stored:
             found |= dict(zip(stored, self.store.read(stored), strict=True))
@@ -394,17 +436,18 @@ class Tiles:
             raise ConfigError(
                 f'{needed} tiles are needed at once, max_tiles is {self.max_tiles}: allow more'
             )
+        stored = [i for i, key in enumerate(keys) if self.store is not None and key in self.store]
+        contents = self.store.read([keys[i] for i in stored]) if stored else []
+        found = self._unpacked(contents) if stored else {}
         self._make_room(len(keys), needed)
-        rows = [self._free.pop() for _ in keys]
+        rows = [self._free.pop() for _ in keys]  # nothing can fail from here on
         self._row_of |= zip(keys, rows, strict=True)
         rows = torch.tensor(rows)
         self._put(rows, self._empty)
         self._tensors['faded'][rows] = self.totals['log_fading']
         self._dirty[rows] = False
-        stored = [i for i, key in enumerate(keys) if self.store is not None and key in self.store]
         if stored:
-            contents = self.store.read([keys[i] for i in stored])
-            self._put(rows[stored], self._unpacked(contents))
+            self._put(rows[stored], found)
         self._num_tiles += len(keys) - len(stored)
 
     @torch.inference_mode(False)
@@ -422,10 +465,10 @@ class Tiles:
             self._evict(list(self._row_of)[: min(max(excess, self.max_tiles // 16), spare)])
 
     def _evict(self, keys):
-        if self.store is not None:
-            self._write([key for key in keys if self._dirty[self._row_of[key]]])
-        else:
+        if self.store is None:
             self.num_dropped += len(keys)
+        elif self._dirty[[self._row_of[key] for key in keys]].any():
+            self.flush()  # all of it, or tiles of different moments would be in the store
         for key in keys:
             self._drop(key)
 
@@ -438,12 +481,9 @@ class Tiles:
     def _dirty_keys(self):
         return [key for key, row in self._row_of.items() if self._dirty[row]]
 
-    def _write(self, keys):
-        if keys:
-            self.store.write(dict(zip(keys, self._packed(keys), strict=True)), self.totals)
-            self._dirty[[self._row_of[key] for key in keys]] = False
-
     def _packed(self, keys):
+        if not keys:
+            return []
         rows = [self._row_of[key] for key in keys]
         return list(_bytes([self._tensors[name][rows] for name in self._empty]))
 

@@ -115,13 +115,13 @@ class World:
         self._unsettled = {}  # tiles that were solved in a hurry, in order
         self.forget_solved()
         self._asked = {}  # row -> how often the tile is still solved before somebody asks again
-        self._solved, self._solved_at = set(), -1  # tiles, and `num_changes` then
 
     def forget_solved(self):
         """Have nobody answered from what was solved, or is being solved, until now."""
         self._ready.clear()
         self._known.clear()
         self._unsettled.clear()
+        self._solved, self._solved_at = set(), -1  # tiles, and `num_changes` then
         self._epoch += 1
 
     @property
@@ -171,16 +171,17 @@ class World:
             state = self.model.update(self.tiles.state_of(some), *points, mask)
             _check_finite(some, state)
             changes.append((some, state))
-        for some, state in changes:
-            self.tiles.change(some, state)
-            for row in set(self.tiles.rows(some).tolist()) - self._asked.keys():
-                self._ready.pop(row, None)  # or an answer might be very old
-        self.tiles.totals['num_observations'] += len(x)
+        rows = self.tiles.change(changes, num_observations=self.num_observations + len(x))
+        for row in set(rows.tolist()) - self._asked.keys():
+            self._ready.pop(row, None)  # or an answer might be very old
 
-    def merge(self, other: 'World'):
+    def merge(self, other: 'World', **totals):
         """
-        Take over every tile of another world on the same lattice; exact.
+        Take over every tile of another world on the same lattice, or none; exact.
 
+        Holds the new states of these tiles beside both maps until all are known.
+
+        :param totals: plain values that change with them.
         :raises StateMismatchError: for another lattice.
         """
         if self.geometry != other.geometry:
@@ -188,11 +189,13 @@ class World:
                 f'the other map lies on {other.geometry}, this one on {self.geometry}: use the '
                 'same tile_size, or the same bounds, for both'
             )
+        changes = []
         for some in self._batches(other.tiles.keys(), other.tiles.max_tiles):
             theirs = other.tiles.state(other.tiles.rows(some))
-            self.tiles.change(some, merge(self.tiles.state_of(some), theirs))
+            changes.append((some, merge(self.tiles.state_of(some), theirs)))
+        count = self.num_observations + other.num_observations
+        self.tiles.change(changes, num_observations=count, **totals)
         self.forget_solved()
-        self.tiles.totals['num_observations'] += other.num_observations
 
     def changed_since(self, earlier: 'World | None') -> list[Key] | None:
         """
@@ -216,13 +219,14 @@ class World:
 
     def renew(self, keys: list[Key], parts: list['World']):
         """Make tiles anew from those of other worlds, which this one is the merger of."""
+        count = sum(part.num_observations for part in parts)
         for some in self._batches(keys):
             state = parts[0].tiles.state_of(some)
             for part in parts[1:]:
                 state = merge(state, part.tiles.state_of(some))
-            self.tiles.change(some, state)
+            self.tiles.change([(some, state)])
+        self.tiles.totals['num_observations'] = count
         self.forget_solved()
-        self.tiles.totals['num_observations'] = sum(part.num_observations for part in parts)
 
     def undo(self, seconds: float, now: float) -> float:
         """Take back the last seconds: see `Tiles.undo`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cmanp_ros
+from cmanp_ros.admission import not_in_future
 from cmanp_ros.conversions import MessageError, nanoseconds_from_stamp, one_line
 from cmanp_ros.core.errors import ConfigError, InputError, TransformError
 from cmanp_ros.motion import check_header
@@ -59,7 +60,7 @@ class Bags:
 
     def read(self, recording: Recording, span: Span | None) -> Iterator[Points]:
         """Read what each message says, in the map frame."""
-        for connection, raw in self._messages(self._connections, span):
+        for connection, written_at, raw in self._messages(self._connections, span):
             recording.num_read += 1
             reader = self._readers[connection.topic]
             try:
@@ -74,7 +75,7 @@ class Bags:
                 continue
             points = self._points(reader, message, stamp, recording.losses)
             if points is not None:
-                yield points
+                yield points._replace(stamp=not_in_future(stamp, written_at))
 
     @property
     def descriptions(self) -> list[str]:
@@ -120,18 +121,17 @@ class Bags:
         """Read each message with transforms, and tell whether they hold for good."""
         found = [each for each in self._bags.connections if each.msgtype in TF_TYPES]
         of_all = [each for each in found if each.topic in ('/tf', '/tf_static')]
-        for connection, raw in self._messages(of_all or found, None):
+        for connection, _, raw in self._messages(of_all or found, None):
             message = self._bags.deserialize(raw, connection.msgtype)
             yield message, connection.topic.endswith('tf_static')
 
     def _messages(self, connections, span: Span | None):
-        """Read messages as they are; a bag that ends before its end is an error."""
+        """Read when messages [ns] were written, and what; an end before the end is an error."""
         start, stop = span or (None, None)
         if not connections:
             return
         try:
-            for connection, _, raw in self._bags.messages(connections, start, stop):
-                yield connection, raw
+            yield from self._bags.messages(connections, start, stop)
         except Exception as error:  # of rosbags, sqlite3 or a decompressor
             raise InputError(
                 f'{self._names}: cannot be read further ({error}); what was read until then '

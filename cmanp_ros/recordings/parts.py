@@ -58,7 +58,9 @@ class Thinning:
         admission = self._admissions.setdefault(
             source.name, Admission(source.voxel_size, source.revisit_interval)
         )
-        return thin(admission, points.x, points.y, points.stamp * 1e-9)
+        finite = np.isfinite(points.x).all(1) & np.isfinite(points.y).all(1)
+        good, thinned = thin(admission, points.x, finite, points.stamp * 1e-9)
+        return good, {'not_finite': int((~finite).sum()), 'thinned': thinned}
 
 
 class Losses:

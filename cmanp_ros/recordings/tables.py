@@ -99,7 +99,7 @@ class _Text:
         self.path = path
         try:
             with self._open() as file:
-                self._num_skipped, first = _first_line(file)
+                self._num_skipped, first, comment = _first_line(file)
                 self.num_lines = sum(1 for _ in file) + 1
         except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
             raise InputError(
@@ -108,13 +108,20 @@ class _Text:
         if not first.strip():
             raise InputError(f'{path} is empty; expected one point a line')
         self._delimiter = next((mark for mark in ',;\t' if mark in first), None)
-        names = [name.strip().strip('"').lstrip('#/ ') for name in first.split(self._delimiter)]
+        names = self._cells(first)
         if all(_is_number(name) for name in names):
-            count = len(names)
+            count, said = len(names), self._cells(comment)
             self.names = ['x', 'y', 'z', *(f'column{n}' for n in range(4, count + 1))][:count]
+            if len(said) == count and any(name.lower() in AXES for name in said):
+                self.names = said  # as numpy.savetxt writes them
         else:
             self.names = names
             self._num_skipped, self.num_lines = self._num_skipped + 1, self.num_lines - 1
+
+    def _cells(self, line: str) -> list[str]:
+        """Return the cells of a line of names, which may be a comment."""
+        line = line.lstrip('#/ ')
+        return [name.strip().strip('"').lstrip('#/ ') for name in line.split(self._delimiter)]
 
     def read(self, start: int, stop: int, losses) -> Iterator[np.ndarray]:
         """Read some lines, (n, columns) at a time."""
@@ -220,12 +227,15 @@ def _columns(table, wanted, dim_x, dim_y) -> tuple[list[int], list[int], int | N
     return location, chosen, stamp
 
 
-def _first_line(file) -> tuple[int, str]:
-    """Return the first line that is no comment, and how many are before it."""
+def _first_line(file) -> tuple[int, str, str]:
+    """Return how many lines are before the first that is no comment, it, and the last of those."""
+    comment = ''
     for number, line in enumerate(file):
-        if line.strip() and not line.startswith(('#', '//')):
-            return number, line
-    return 0, ''
+        if line.startswith(('#', '//')):
+            comment = line
+        elif line.strip():
+            return number, line, comment
+    return 0, '', comment
 
 
 def _number(text: str) -> float:

@@ -1,5 +1,6 @@
 """The map as a whole, over DDS: save, load, merge, undo, peers, forgetting, clocks, parameters."""
 
+import threading
 import time
 
 import numpy as np
@@ -18,8 +19,11 @@ from sensor_msgs.msg import PointCloud2, Temperature
 from std_srvs.srv import Trigger
 from test_node import cloud, counts, height, request, scattered
 
+from cmanp_ros import control
+from cmanp_ros.core.errors import CheckpointError
 from cmanp_ros.health import judge
 from cmanp_ros.maps import Code
+from cmanp_ros.store import TileStore
 
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
@@ -201,6 +205,141 @@ def test_autosave_that_fails_is_named_until_it_works_again(start_node, client, t
     (tmp_path / 'gone').rename(folder)
     node.control.autosave()
     assert judge(node.status.snapshot()).state == 'folding'
+
+
+def test_request_that_was_begun_is_waited_for_and_not_said_to_be_left_undone(
+    start_node, client, monkeypatch
+):
+    node = start_node()
+    publish(client, node, cloud(scattered(53)))
+    begun, reset = threading.Event(), node.field.reset
+
+    def slow():
+        begun.set()
+        time.sleep(0.5)
+        reset()
+
+    monkeypatch.setattr(control, 'TIMEOUT_SEC', 0.1)
+    monkeypatch.setattr(node.field, 'reset', slow)
+    answer = client.call(Trigger, 'cmanp/reset', Trigger.Request())
+    assert begun.is_set() and answer.success and '53' in answer.message
+    assert node.field.num_observations == 0
+
+
+def test_request_that_was_not_begun_in_time_is_not_done_later(start_node, client, monkeypatch):
+    node = start_node()
+    publish(client, node, cloud(scattered(53)))
+    monkeypatch.setattr(control, 'TIMEOUT_SEC', 0.1)
+    held = node.worker.ask(lambda: time.sleep(0.5))
+    answer = client.call(Trigger, 'cmanp/reset', Trigger.Request())
+    assert not answer.success and 'overloaded' in answer.message
+    held.result()
+    assert node.worker.ask(lambda: node.field.num_observations).result() == 53
+
+
+def held_up_once(node, monkeypatch, meanwhile):
+    """Have a node do something else between the copy of its map and the writing of the file."""
+    make, done = node.control.directory.writer, []
+
+    def writer(*arguments):
+        write = make(*arguments)
+
+        def late():
+            if not done:
+                done.append(True)
+                meanwhile()
+            return write()
+
+        return late
+
+    monkeypatch.setattr(node.control.directory, 'writer', writer)
+
+
+def test_autosave_that_still_writes_does_not_replace_a_newer_one(
+    start_node, client, tmp_path, monkeypatch
+):
+    node = start_node(state_directory=str(tmp_path), autosave_period=1000.0)
+    publish(client, node, cloud(scattered(53)))
+    writing, go_on = threading.Event(), threading.Event()
+    held_up_once(node, monkeypatch, lambda: (writing.set(), go_on.wait(10)))
+    by_timer = threading.Thread(target=node.control.autosave)
+    by_timer.start()
+    assert writing.wait(10)
+    publish(client, node, cloud(scattered(50, seed=4)))
+    at_the_end = threading.Thread(target=node.control.autosave)
+    at_the_end.start()
+    at_the_end.join(0.3)
+    go_on.set()
+    by_timer.join()
+    at_the_end.join()
+    found = node.control.directory.load('autosave', node.field)
+    assert found.field.num_observations == 103
+
+
+def test_map_that_was_saved_while_another_began_is_kept_aside(
+    start_node, client, tmp_path, monkeypatch
+):
+    node = start_node(state_directory=str(tmp_path), autosave_period=1000.0)
+    publish(client, node, cloud(scattered(53)))
+    begin_again = node.control.begin_again
+    held_up_once(node, monkeypatch, lambda: node.worker.ask(begin_again).result(10))
+    node.control.autosave()
+    publish(client, node, cloud(scattered(7)))
+    node.control.autosave()
+    directory = node.control.directory
+    counts = {directory.load(n, node.field).field.num_observations for n in directory.names()}
+    assert counts == {53, 7}
+
+
+def test_store_that_cannot_be_written_is_named_until_it_can_be(
+    start_node, client, tmp_path, monkeypatch
+):
+    node = start_node(store=str(tmp_path / 'tiles.db'), store_period=0.2)
+    publish(client, node, cloud(scattered(53)))
+
+    def fail(*_):
+        raise CheckpointError('no space left')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TileStore, 'write', fail)
+        publish(client, node, cloud(scattered(20, seed=4)))
+        wait_for(lambda: judge(node.status.snapshot()).state == 'not_saved')
+        assert 'no space left' in judge(node.status.snapshot()).text
+        node.trigger_deactivate()
+        node.trigger_cleanup()  # which cannot write it either, and closes it
+    assert node.trigger_configure().name == 'SUCCESS', 'the store is not open elsewhere'
+
+
+def test_undo_takes_back_the_stamps_too(start_node, client):
+    node = start_node(undo_window=16.0)
+    publish(client, node, cloud(scattered(53), sec=7))
+    folded_at = time.monotonic()
+    wait_for(lambda: time.monotonic() > folded_at + 2.5)  # moments are marked every two seconds
+    publish(client, node, cloud(scattered(29, seed=2), sec=200))
+    assert node.header().stamp.sec == 200
+    answer = client.call(Undo, 'cmanp/undo', Undo.Request(seconds=0.1))
+    assert (answer.success, answer.num_observations) == (True, 53), answer.message
+    assert (node.header().stamp.sec, node.intake.provenance.newest_stamp) == (7, 7 * 10**9)
+    answer = client.call(Undo, 'cmanp/undo', Undo.Request(seconds=16.0))
+    assert (answer.success, answer.num_observations) == (True, 0), answer.message
+    assert node.intake.provenance == node.intake.nothing_yet()
+    assert node.header().stamp.sec not in (7, 200), 'the time now'
+
+
+def test_map_from_the_future_does_not_stamp_what_is_published(start_node, client, tmp_path):
+    """Saved by the time of the day, loaded where time is simulated."""
+    node = start_node(state_directory=str(tmp_path))
+    publish(client, node, cloud(scattered(53), sec=1000))
+    assert client.call(SaveState, 'cmanp/save_state', SaveState.Request(name='day')).success
+    simulated = start_node(
+        state_directory=str(tmp_path), restore='day', use_sim_time=True, namespace='/sim'
+    )
+    clock = client.publisher(Clock, '/clock')
+    tick(clock, simulated, 50)
+    publish(client, simulated, cloud(scattered(9), sec=49), topic='sim/points')
+    assert simulated.header().stamp.sec == 50
+    assert client.call(LoadState, 'sim/cmanp/load_state', LoadState.Request(name='day')).success
+    assert simulated.header().stamp.sec == 50
 
 
 def test_undo_beyond_a_reset_is_refused_and_says_why(start_node, client):

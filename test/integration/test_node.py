@@ -2,6 +2,7 @@
 
 import array
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -22,6 +23,9 @@ from cmanp_ros.conversions import (
     message_from_observations,
     predictions_from_message,
 )
+from cmanp_ros.core.errors import CheckpointError
+from cmanp_ros.fleet import Fleet
+from cmanp_ros.store import TileStore
 
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
@@ -284,6 +288,69 @@ def test_points_that_cannot_be_used_are_counted_and_the_others_folded(start_node
     assert snapshot.folded == node.field.num_observations == 13
     assert snapshot.rejected == {'not_finite': 2, 'outside_workspace': 1, 'value_out_of_range': 1}
     assert snapshot.conserved
+
+
+def test_point_that_cannot_be_used_takes_no_voxel_from_those_that_can(start_node, client):
+    node = start_node(parameters={'points.voxel_size': 5.0})
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    x = np.array([[1.0, 1.0], [1.5, 1.5]])
+    points.publish(cloud(x, np.array([1e30, 0.5])))  # a spike first
+    wait_for(lambda: counts(node)[1].folded == 1)
+    snapshot = counts(node)[0]
+    assert (snapshot.folded, snapshot.rejected) == (1, {'value_out_of_range': 1})
+
+
+def test_rate_of_messages_without_stamps_is_that_of_their_arrival(start_node, client):
+    node = start_node(parameters={'points.max_rate': 20.0})
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    for seed in range(4):
+        points.publish(cloud(scattered(5, seed), sec=0))
+        wait_for(lambda seed=seed: counts(node)[1].folded == seed + 1)
+        time.sleep(0.06)
+
+
+def test_what_was_sent_while_the_node_was_not_active_is_not_lost(start_node, client):
+    node = start_node()
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    points.publish(cloud(scattered(5)))
+    wait_until_folded(node, 5)
+    node.trigger_deactivate()
+    for seed in range(3):
+        points.publish(cloud(scattered(5, seed)))
+    node.trigger_activate()
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    points.publish(cloud(scattered(7)))
+    wait_until_folded(node, 12)
+    assert node.status.values(node.status.snapshot())['messages_lost'] == 0
+
+
+def test_fault_of_the_store_ends_no_thread(start_node, client, tmp_path, monkeypatch):
+    """With peers what answers is made anew from all maps, and that fails, too."""
+    node = start_node(store=str(tmp_path / 'tiles.db'), max_tiles=128, peers=['/b/state'])
+    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    for seed in range(4):
+        points.publish(cloud(scattered(80, seed)))
+        wait_for(lambda seed=seed: counts(node)[1].folded == seed + 1)
+    assert node.field.num_tiles_in_memory < node.field.num_tiles
+    peer = Fleet(node.field.empty_like(2048), 'map')
+    peer.observe(scattered(40, seed=9), height(scattered(40, seed=9)))
+    sent = peer.state(node.intake.provenance, 1)
+    taken = node.worker.ask(lambda: node.fleet.receive(sent.robot, sent.sequence, sent.data))
+    assert taken.result(20).reason is None
+
+    def fail(*_):
+        raise CheckpointError('disk I/O error')
+
+    before = node.field.num_observations
+    with monkeypatch.context() as patch:
+        patch.setattr(TileStore, 'read', fail)
+        points.publish(cloud(scattered(300, seed=11)))
+        wait_for(lambda: counts(node)[1].rejected)
+        assert node.worker._thread.is_alive()
+        assert counts(node)[1].rejected == {'not_stored': 1}
+    assert all(snapshot.conserved for snapshot in counts(node))
+    points.publish(cloud(scattered(20, seed=12)))
+    wait_until_folded(node, before + 20)
 
 
 def test_map_has_no_border(start_node, client):

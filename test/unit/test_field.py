@@ -407,8 +407,26 @@ def test_a_forgotten_map_is_about_as_certain_as_an_empty_one(load, half_lives):
     field.forget(half_lives * 10.0)
     mean, stddev = field.predict(x)
     assert ((10 < stddev) & (stddev < 40)).all()
-    # Relief is forgotten; what stays is the mean of what each tile once held.
+    # Relief is forgotten; what stays longest is the mean of what each tile once held.
     assert np.abs(mean - 300).max() < 15 and (np.abs(mean - 300) < stddev).all()
+
+
+@pytest.mark.parametrize('half_lives', [40, 100, 900, 1100])
+def test_a_forgotten_map_is_where_an_empty_one_is_however_far_off_its_values_were(
+    load, half_lives
+):
+    field = load(half_life_sec=10.0, tile_size=7.5)
+    x, y = observations(151)
+    field.observe(x, y + 5000.0)
+    field.forget(half_lives * 10.0)
+    mean, stddev = field.predict(x)
+    assert np.abs(mean - 300).max() < 15 and ((10 < stddev) & (stddev < 40)).all()
+
+
+@pytest.mark.parametrize('checkpoint', ['gp1d_and'])
+def test_a_model_that_is_for_no_map_is_refused(checkpoint):
+    with pytest.raises(ConfigError, match="such as 'field'"):
+        NeuralField.load(checkpoint, bounds=((-2.0,), (2.0,)))
 
 
 @pytest.mark.parametrize(

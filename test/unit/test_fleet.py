@@ -11,6 +11,9 @@ from test_undo import assert_same_bits, content, field_of, walk
 
 from cmanp_ros import maps
 from cmanp_ros.core import CMANP, Lattice, Normalization
+from cmanp_ros.core.errors import CheckpointError
+from cmanp_ros.core.tiles import Tiles
+from cmanp_ros.core.world import World
 from cmanp_ros.field import NeuralField
 from cmanp_ros.fleet import MAX_PEERS, Fleet
 from cmanp_ros.maps import Provenance
@@ -189,6 +192,60 @@ def test_observations_that_were_merged_are_not_counted_again():
     refused = send(own, third)
     assert refused.reason == 'counted_twice' and left.own.robots[0] in refused.text
     assert_saw(third.combined, 3, 1)
+
+
+def test_a_peer_counts_again_when_the_merge_of_its_map_is_taken_back():
+    own, left = fleet_of(0), fleet_of(1)
+    send(left, own)
+    own.own.mark(0.0)
+    own.own.merge(left.own)
+    assert own.peers == [] and own.num_observations == 26
+    assert_saw(own.combined, 0, 1)
+    own.own.undo(5.0, now=6.0)
+    assert own.peers == left.own.robots and own.num_observations == 26
+    assert_saw(own.own, 0)
+    assert_saw(own.combined, 0, 1)
+
+
+def test_two_robots_that_began_from_one_file_are_told_so():
+    own = fleet_of(0)
+    twin = Fleet(own.own.read(own.own.to_bytes())[0], 'map', now=50)
+    twin.observe(*walk(3))
+    refused = send(twin, own, now=60)
+    assert refused.reason == 'counted_twice' and 'reset one' in refused.text
+    assert send(own, twin, now=40).reason == 'own', 'sent before the twin began: its own, perhaps'
+    assert_saw(own.combined, 0)
+
+
+def test_a_map_of_all_that_cannot_be_made_is_not_answered_from(monkeypatch):
+    own, left = fleet_of(0), fleet_of(1)
+    send(left, own)
+    change, calls = Tiles.change, []
+
+    def fails_at_last(tiles, *arguments, **totals):
+        calls.append(tiles)
+        if len(calls) == 2:
+            raise CheckpointError('no space left')
+        return change(tiles, *arguments, **totals)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(World, '_batches', lambda _, keys, *__: [keys[:9], keys[9:]])
+        patch.setattr(Tiles, 'change', fails_at_last)
+        with pytest.raises(CheckpointError, match='no space left'):
+            _ = own.combined
+    assert_saw(own.combined, 0, 1)
+
+
+def test_what_others_ask_of_a_fleet_makes_no_map_anew():
+    """They ask on another thread, while observations are folded."""
+    own, left = fleet_of(0), fleet_of(1)
+    send(left, own)
+    combined = own.combined
+    own.own.observe(*walk(2))  # as a merge or an undo does: the combined one is behind
+    assert own.is_settled and own.num_observations == 39 and own.num_far_off == 0
+    own.forget_solved()
+    assert own._combined is combined and combined.num_observations == 26
+    assert_saw(own.combined, 0, 1, 2)
 
 
 def test_time_passes_in_all_maps():

@@ -134,6 +134,12 @@ def test_situation_is_named_and_says_what_to_do(state):
     assert '\n' not in verdict.text
 
 
+def test_a_map_that_is_not_saved_is_named_though_nothing_new_comes():
+    facts, _ = SITUATIONS['idle']
+    verdict = judge(dataclasses.replace(facts, save_fault='no space left'))
+    assert (verdict.state, verdict.level) == ('not_saved', Level.ERROR)
+
+
 def test_every_state_has_a_section_in_the_documentation():
     page = Path(__file__).parents[2] / 'docs' / 'troubleshooting.md'
     if not page.is_file():
@@ -159,9 +165,9 @@ def test_what_stops_everything_comes_first():
         ('field_missing', {'sources': (source(),)}),
         ('no_transform', {'pending_transforms': {}, 'points': rejected(outside_workspace=3)}),
         ('all_outside', {'points': Counts(9, 9), 'num_folded': 9}),
+        ('not_saved', {'save_fault': ''}),
         ('overloaded', {'num_dropped': 0}),
         ('tiles_dropped', {'tiles_dropped': 0}),
-        ('not_saved', {'save_fault': ''}),
         ('peer_refused', {'peer_fault': {}}),
         ('overconfident', {'coverage': Coverage(0.5, 0.9, 900)}),
         ('folding', {}),

@@ -349,6 +349,8 @@ def test_points_of_a_sensor_come_into_the_map_and_the_others_are_counted(tmp_pat
         ('a.csv', 'time,x,y,z,gas\n1,2,3,0,5\n2,7,11,0,13\n', [':gas']),
         ('a.csv', '"x","y","value"\r\n2,3,5\r\n7,11,13', None),
         ('a.xyz', '# made by hand\n2 3 5\n\n7 11 13\n', None),
+        ('a.csv', '# by numpy.savetxt\n# y,x,depth\n3,2,5\n11,7,13\n', None),
+        ('a.txt', '# Northing Easting Depth\n3 2 5\n11 7 13\n', None),
         ('a.txt', '//X Y Z intensity\n2 3 5 1\n7 11 13 1\n', None),
         ('a.txt', '2\t3\t0\t5\n7\t11\t0\t13\n', ['column4']),
     ],

@@ -94,6 +94,21 @@ def test_observations_fade_by_the_time_of_the_stamps(bag):
     np.testing.assert_allclose(counts[0], states(expected)[1]['least_squares.count'])
 
 
+def test_a_clock_that_was_wrong_once_fades_nothing(tmp_path):
+    """One message is stamped a year ahead of when it was written."""
+    points = np.random.default_rng(3).uniform(0, 20, (3, 13, 3))
+    messages = [
+        ('/points', seconds, cloud(of_message, seconds=seconds + ahead))
+        for seconds, ahead, of_message in zip(
+            (2.0, 3.0, 4.0), (0.0, 3e7, 0.0), points, strict=True
+        )
+    ]
+    field, report = folded(job(write_bag(tmp_path / 'bag', messages), half_life=3.0))
+    assert report.provenance.newest_stamp == 4_000_000_000
+    faded = 13 * (1 + 0.5 ** (1 / 3) + 0.5 ** (2 / 3))
+    assert states(field)[1]['least_squares.count'].max() == pytest.approx(faded)
+
+
 def test_a_node_can_load_the_map_and_python_restores_it(bag, capsys, tmp_path):
     path, _ = bag
     status, text = run(capsys, path, '-p', 'value_offset:=3.0', '-p', 'tile_size:=5.0')

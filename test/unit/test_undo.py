@@ -226,6 +226,24 @@ def test_copies_are_bounded_and_the_oldest_marks_go_first():
     assert (history.nbytes, field.undo(1e3, now=70.0)) == (0, (0, 0.0))
 
 
+@STORES
+def test_predictions_after_an_undo_are_those_of_before(paged, tmp_path):
+    """Also by the hyperparameters that tiles take from others around."""
+    field = field_of(tmp_path, max_tiles=300) if paged else field_of()
+    for i in range(6):
+        field.observe(*walk(i))
+    x = np.concatenate([walk(i)[0] for i in range(6)])
+    before = field.predict(x)
+    field.mark(0.0)
+    field.observe(*walk(2))
+    field.predict(x)
+    assert field.world._solved
+    field.undo(5.0, now=6.0)
+    assert not field.world._solved, 'hyperparameters would be those of what was taken back'
+    for found, expected in zip(field.predict(x), before, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=20 * 1e-5)  # single precision
+
+
 def test_without_a_window_nothing_is_kept_and_asking_says_so():
     field = field_of(window=None)
     field.mark(0.0)
