@@ -5,7 +5,7 @@ What the node answers: predictions on the topic and the service.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 
@@ -35,6 +35,8 @@ class Answers:
         """
         self._node = node
         self._num_waiting = 0
+        self.num_refused = Counter()
+        """Reason -> queries and requests without an answer."""
         self._queries: deque[tuple[int, np.ndarray, Future]] = deque()  # ready to be answered
         self._will_answer = False
         self._latency = Latency()
@@ -56,14 +58,14 @@ class Answers:
     def _on_query(self, message):
         node = self._node
         if self._num_waiting >= MAX_WAITING:
-            text = f'query {message.id} not answered: {MAX_WAITING} others wait already'
-            return node.warn('overloaded', text)
+            text = f'{MAX_WAITING} others wait already'
+            return self._count(text, f'query {message.id} not answered', 'overloaded')
         self._num_waiting += 1
 
         def settled(future):
             self._num_waiting -= 1
             if not future.cancelled() and (error := future.exception()) is not None:
-                node.warn('query', f'query {message.id} not answered: {error}')
+                self._count(error, f'query {message.id} not answered')
 
         def ready(x, result):
             self._queries.append((message.id, x, result))
@@ -104,12 +106,13 @@ class Answers:
         try:
             response.prediction, covariance, samples = future.result(TIMEOUT_SEC)
         except CMANPError as error:
-            return self._refuse(response, str(error))
+            return self._refuse(response, error)
         except FutureTimeout:
             future.cancel()
-            return self._refuse(response, f'no answer within {TIMEOUT_SEC:g} s: overloaded')
+            late = f'no answer within {TIMEOUT_SEC:g} s: overloaded'
+            return self._refuse(response, InputError(late), 'overloaded')
         except Exception as error:  # a fault of ours or of torch must not end the node
-            return self._refuse(response, f'no answer: {error!r}')
+            return self._refuse(response, f'no answer: {error!r}', 'internal_error')
         response.success = True
         if covariance is not None:
             response.covariance = conversions.float_array(covariance)
@@ -117,11 +120,18 @@ class Answers:
             response.samples = conversions.float_array(samples)
         return response
 
-    def _refuse(self, response, message):
-        message = conversions.one_line(message)
-        self._node.warn('request', f'request refused: {message}')
-        response.success, response.message = False, message
+    def _refuse(self, response, error, reason=None):
+        self._count(error, 'request refused', reason)
+        response.success, response.message = False, conversions.one_line(str(error))
         return response
+
+    def _count(self, error, what, reason=None):
+        """Say why there is no answer, each reason at once, and count it."""
+        if reason is None:
+            known = isinstance(error, CMANPError)
+            reason = getattr(error, 'reason', 'not_usable') if known else 'internal_error'
+        self.num_refused[reason] += 1
+        self._node.warn(f'question_{reason}', f'{what}: {error}')
 
     def _ask(self, message, ask) -> Future:
         """

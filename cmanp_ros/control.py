@@ -218,7 +218,8 @@ class Control:
             if hasattr(response, 'code') and not response.code:
                 response.code = int(Code.FAILED)
             message = one_line(message)
-            reason = f'{type(response).__name__}_{getattr(response, "code", "")}'
+            kind = type(response).__name__.partition('_')[0].lower()
+            reason = f'{kind}_{getattr(response, "code", "")}'.rstrip('_')
             self._node.warn(reason, f'request refused: {message}')
         response.message = message
         return response
@@ -242,10 +243,11 @@ class Control:
 
         try:
             version, number, write = _result(node.worker.ask(copied))
-            if self._saved_map != number and (aside := self.directory.set_aside(AUTOSAVE)):
+            is_own = self._saved_map == number and self.directory.is_known(AUTOSAVE)
+            if not is_own and (aside := self.directory.set_aside(AUTOSAVE)):
                 node.get_logger().warning(
                     f"'{AUTOSAVE}' is of another map, which was not restored, or was reset or "
-                    f"replaced: it is kept as '{aside}'"
+                    f"replaced, or of another node that saves there: it is kept as '{aside}'"
                 )
             write()
             self._saved_map, self._saved_version, self._autosave_fault = number, version, ''

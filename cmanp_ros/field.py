@@ -73,6 +73,10 @@ class NeuralField:
                 'this model is a CMANP-AND, or has a global latent variable: it is made for '
                 "`cmanp evaluate gp1d`; a map takes another one, such as 'field'"
             )
+        if half_life_sec is not None and not half_life_sec > 0:
+            raise ConfigError(
+                f'half_life_sec is {half_life_sec}, expected a positive time, or None'
+            )
         self.model, self.geometry, self.normalization = model, geometry, normalization
         self.half_life_sec = half_life_sec
         self.weights_hash = files.weights_hash(model)

@@ -46,6 +46,7 @@ STATES = {
     'no_messages': Level.WARN,
     'field_missing': Level.ERROR,
     'no_transform': Level.ERROR,
+    'no_points': Level.WARN,
     'all_rejected': Level.ERROR,
     'all_outside': Level.ERROR,
     'all_thinned': Level.OK,
@@ -485,6 +486,12 @@ def _judge_points(s: Snapshot) -> Verdict | None:
         return None
     if s.pending_transforms and not s.points.rejected:
         return _judge_pending(s)
+    if not (s.points.received or s.num_folded) and any(each.messages.folded for each in s.sources):
+        return _verdict(
+            'no_points',
+            'messages come, and no point is in any of them',
+            'see why what publishes them finds nothing: its range, its filters, a cover',
+        )
     return _judge_rejected(s.points, '', 'points', '', s)
 
 
@@ -593,7 +600,10 @@ def _listed(names) -> str:
 
 _CLOCKS = 'synchronize the clocks of the computers (chrony), or raise tf_timeout'
 _REASONS = {
-    'missing_field': ('field_missing', 'set value_field to one of the fields that exist'),
+    'missing_field': (
+        'field_missing',
+        'set value_field to one of the fields that exist, or publish x, y (and z)',
+    ),
     'outside_workspace': (
         'all_outside',
         'set bounds_min and bounds_max around the observations (in map_frame), or one_tile to '

@@ -26,6 +26,7 @@ from cmanp_ros.maps import Provenance
 from cmanp_ros.planning import Track
 from cmanp_ros.sources import reader_for
 
+MAX_STEP = 0.02  # of tile_size, between locations that single precision tells apart
 MAX_CALIBRATED = 32  # points of a message that are predicted before they are folded
 
 
@@ -346,11 +347,23 @@ class Intake:
         x, y = batch.in_map
         good = self._admitted(batch.source, batch.stamp, x, y)
         x, y = x[good], y[good]
+        self._warn_of_rounding(x)
         if batch.transform is not None:
             self.track.add(batch.transform[1][: x.shape[1]])
         elif len(x):
             self.track.add(x.mean(0))
         return x, y
+
+    def _warn_of_rounding(self, x):
+        """Say so where messages, which hold locations in single precision, lose detail."""
+        step = float(np.spacing(np.float32(np.abs(x).max(initial=0))))
+        if step > MAX_STEP * self._node.field.tile_size:
+            self._node.warn(
+                'far_from_origin',
+                'the map is exact, but messages have locations in single precision, and so far '
+                f'from the origin of {self._node.parameters.map_frame!r} these have steps of '
+                f'{step:g} m: use a map_frame with an origin nearby',
+            )
 
     def _admitted(self, source, stamp, x, y):
         """Return which points take part, (n,) bool: those that can be folded, after thinning."""

@@ -174,6 +174,7 @@ class StateDirectory:
         """
         self._folder = Path(folder).resolve() if folder else None
         self._frame, self._max_bytes = frame, max_bytes
+        self._known = {}  # name -> what its file was when it was last written or read here
         if self._folder is not None:
             with suppress(OSError):  # whoever asks for a map is told
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +223,9 @@ class StateDirectory:
 
         def write():
             try:
-                return checkpoint.save_map(path, *content)
+                checkpoint.save_map(path, *content)
+                self._known[name] = _identity(path.stat())
+                return path
             except (OSError, CMANPError) as error:
                 raise MapError(
                     Code.FAILED,
@@ -242,6 +245,17 @@ class StateDirectory:
             raise MapError(
                 Code.NO_DIRECTORY, f'state_directory {self._folder} is not writable: make it so'
             )
+
+    def is_known(self, name: str) -> bool:
+        """
+        Tell whether a map is the one that was last written or read here, or is not there.
+
+        :raises MapError: with the code BAD_NAME or NO_DIRECTORY.
+        """
+        try:
+            return self._known.get(name) == _identity(self._path(name).stat())
+        except FileNotFoundError:
+            return True
 
     def set_aside(self, name: str) -> str | None:
         """
@@ -321,6 +335,7 @@ class StateDirectory:
                         f'the map {name!r} has {found.st_size} bytes, at most {self._max_bytes} '
                         'are read: use a smaller map',
                     )
+                self._known[name] = _identity(found)
                 return file.read(self._max_bytes)
         except (FileNotFoundError, IsADirectoryError) as error:
             raise MapError(
@@ -330,6 +345,11 @@ class StateDirectory:
             raise MapError(
                 Code.FAILED, f'the map {name!r} cannot be read ({error}): make it readable'
             ) from error
+
+
+def _identity(found):
+    """Return what a file has in common with no other, by what `stat` found."""
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _extra(field, provenance):

@@ -149,6 +149,8 @@ class CMANPNode(LifecycleNode):
         self._close(self._outputs)
         if self.worker is not None:
             self.worker.stop()
+            if left := sum(len(batch) for batch in self.worker.clear()):
+                self.get_logger().warning(f'{left} points that waited are not folded: it ends')
             self.refresher.close()
         if self.transforms is not None:
             self.transforms.close()
@@ -333,6 +335,19 @@ def spin(executor):
             return executor.spin()
 
 
+def _made(arguments):
+    """
+    Return a node.
+
+    :raises ConfigError: for arguments or files of parameters that ROS cannot read, too.
+    """
+    try:
+        rclpy.init(args=arguments)
+        return CMANPNode()
+    except RuntimeError as error:  # all that rclpy says of them, in classes of its own
+        raise ConfigError(conversions.one_line(str(error))) from error
+
+
 def main(arguments=None) -> int:
     """
     Run the node until it is interrupted.
@@ -340,10 +355,9 @@ def main(arguments=None) -> int:
     :return: exit status: 0, or 1 when it could not start (the log says why).
     """
     keep_freed_memory()
-    rclpy.init(args=arguments)
     node = None
     try:
-        node = CMANPNode()
+        node = _made(arguments)
         if node.parameters.autostart:
             for transition in (node.trigger_configure, node.trigger_activate):
                 if transition() != TransitionCallbackReturn.SUCCESS:

@@ -106,7 +106,8 @@ class Status:
         node = self._node
         points, messages = node.intake.totals()
         newest = node.intake.newest_stamp
-        age = (node.get_clock().now().nanoseconds - newest) * 1e-9 if newest else None
+        now = node.get_clock().now().nanoseconds  # 0: simulated, and not yet begun
+        age = (now - newest) * 1e-9 if newest and now else None
         coverage = snapshot.coverage and dataclasses.asdict(snapshot.coverage)
         return {
             'state_bytes': node.fleet.state_nbytes,
@@ -120,6 +121,7 @@ class Status:
             'fold_latency_sec': snapshot.latency_sec,
             'answer_latency_sec': node.answers.latency_sec,
             'queue_length': snapshot.queue_length,
+            **{f'questions_refused_{k}': n for k, n in dict(node.answers.num_refused).items()},
             'peers': len(node.fleet.peers),
             **{f'peers_refused_{key}': n for key, n in dict(node.control.num_refused).items()},
             'clock_jumps': node.num_clock_jumps,

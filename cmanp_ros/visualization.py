@@ -86,16 +86,16 @@ def grid_targets(
     :return: a grid of at least one cell.
     :raises ConfigError: not a plane, an empty rectangle, or too many cells.
     """
+    bounds_min, bounds_max = ([float(v) for v in corner] for corner in (bounds_min, bounds_max))
     numbers = np.array([*bounds_min, *bounds_max, resolution], dtype=np.float64)
     if len(bounds_min) != 2 or len(bounds_max) != 2 or not np.isfinite(numbers).all():
         raise ConfigError(
-            f'bounds are {list(bounds_min)} to {list(bounds_max)}; a grid expects two finite '
-            'numbers each'
+            f'bounds are {bounds_min} to {bounds_max}; a grid expects two finite numbers each'
         )
-    extents = [float(high) - float(low) for low, high in zip(bounds_min, bounds_max, strict=True)]
+    extents = [high - low for low, high in zip(bounds_min, bounds_max, strict=True)]
     if min(extents) <= 0 or resolution <= 0:
         raise ConfigError(
-            f'a grid over {list(bounds_min)} to {list(bounds_max)} m with {resolution} m/cell is '
+            f'a grid over {bounds_min} to {bounds_max} m with {resolution} m/cell is '
             'empty; expected bounds_min < bounds_max and a positive resolution'
         )
     # A hair less, so that 50 m in cells of 0.1 m are 500 cells and not 501.
@@ -107,7 +107,7 @@ def grid_targets(
             f'{width} x {height} cells of {resolution} m; expected at most {max_cells}: '
             'use larger cells'
         )
-    return Grid((float(bounds_min[0]), float(bounds_min[1])), float(resolution), width, height)
+    return Grid(tuple(bounds_min), float(resolution), width, height)
 
 
 def field_cloud(

@@ -98,10 +98,10 @@ the next.
 - `gp1d`: both memories, RBF spectra only, noise known; zero-shot on Matern as well.
 - `gp1d_matern`: the same with Matern-5/2 spectra admitted in the memory and in training.
 
-The lengths of both, and their noise ratios, are midpoints of nine and eight equal parts of the ranges
-that curves are drawn from, and all settings are averaged; `gp1d` has one shorter length, for
-Matern. Lengths closer together, or more functions, are level (160 curves of seed 7, from which that
-was chosen).
+The lengths of both, and their noise ratios, are midpoints of nine and eight equal parts of the
+ranges that curves are drawn from, and all settings are averaged; `gp1d` has one shorter length,
+for Matern. Lengths closer together, or more functions, are level (160 curves of seed 7, from which
+that was chosen).
 
 What training adds to least squares is nothing here: it is the right model for these curves. The
 table of ablations below has fields for which it is not.

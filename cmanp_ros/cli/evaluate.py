@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from cmanp_ros.core.errors import InputError
+from cmanp_ros.recordings.recording import Recording
 
 STUDIES = {
     'terrain': 'windows of real terrain, beside an exact GP and linear interpolation',
@@ -17,7 +18,7 @@ STUDIES = {
     'real': 'real terrain and soundings, beside ten methods that users would pick',
     'prior': 'fields of a GP prior and beyond it, beside an exact GP that is told the kernel',
     'seams': 'jumps of the prediction where tiles end, and a picture',
-    'tile-size': 'propose a tile size from recorded observations (CSV: x, y, value)',
+    'tile-size': 'propose a tile size from recorded observations (a table or a bag)',
 }
 SHOWN = (
     'num_context',
@@ -77,7 +78,8 @@ def _add_options(parser, study):
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--seed', type=int, default=0)
     if study == 'tile-size':
-        parser.add_argument('file', help='CSV with the columns x, y [m] and value')
+        parser.add_argument('file', help='a table or a bag, as for cmanp replay')
+        parser.add_argument('--source', action='append', metavar='TOPIC[:FIELD]', help='the value')
         return
     if study == 'seams':
         parser.add_argument('--picture', default='build/seams.png')
@@ -295,13 +297,15 @@ def _pair(value):
 def _tile_size(options):
     from cmanp_ros.evaluation import ours, scores, tile_size
 
-    try:
-        table = np.loadtxt(options.file, delimiter=',', skiprows=1, ndmin=2)
-    except (OSError, ValueError) as error:
-        raise InputError(f'{options.file}: {error}; expected a CSV of x, y, value') from error
-    if table.shape[1] != 3:
-        raise InputError(f'{options.file} has {table.shape[1]} columns, expected x, y, value')
-    x, y = table[:, :2], table[:, 2]
+    with Recording(options.file, options.source) as recording:
+        print(*recording.descriptions, sep='\n', flush=True)
+        chunks = list(recording.chunks())
+        left_out = {reason: count for reason, count in recording.rejected.items() if count}
+    if left_out:
+        print(f'left out: {", ".join(f"{n:,} ({reason})" for reason, n in left_out.items())}')
+    if not chunks:
+        raise InputError(f'{options.file}: no point can be used; expected x, y and a value')
+    x, y = (np.concatenate(part) for part in ([c.x for c in chunks], [c.y[:, 0] for c in chunks]))
     make = ours.stream(options.checkpoint, 1.0, float(y.mean()), float(y.std()) or 1.0)
     found = tile_size.propose(x, y, make, seed=options.seed)
     print(scores.terminal_table(found.rows))

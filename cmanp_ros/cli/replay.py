@@ -34,8 +34,11 @@ def main(arguments) -> int:
         fold = _fold_here if options.scheduler is None else _fold_elsewhere
         field, report, problem = fold(job, recording, options.scheduler, stop)
         seconds = time.monotonic() - began
-    maps.save(field, out, report.provenance)
+    if report.num_folded:
+        maps.save(field, out, report.provenance)
     print(_summary(field, report, seconds, None if stop.asked else recording.duration_sec))
+    if not report.num_folded:
+        raise problem or InputError('no point was folded, and no map is written: see above why')
     print(f'map          {out} ({out.stat().st_size / 1e6:.1f} MB)')
     if proposal := hint(field, report):
         print(proposal)
@@ -166,7 +169,10 @@ def hint(field, report):
     n, (mean, *_), (stddev, *_) = field.normalization, report.mean, report.stddev
     if not report.num_folded or (abs(mean) < FAR and 1 / (10 * FAR) < stddev < FAR):
         return ''
-    offset, scale = n.value_offset + mean * n.value_scale, stddev * n.value_scale or 1.0
+    offset, scale = n.value_offset + mean * n.value_scale, stddev * n.value_scale
+    if not scale:  # one value says nothing of how far others deviate
+        better = f'hint         all are {offset:.4g}: better with -p value_offset:={offset:.4g}'
+        return '' if abs(mean) < FAR else better
     return (
         f'hint         values are {offset:.4g} +- {scale:.3g}, far from value_offset '
         f'{n.value_offset:g} and value_scale {n.value_scale:g}: the map gets better with\n'

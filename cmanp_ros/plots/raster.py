@@ -123,8 +123,9 @@ def rasterize(
         show((start + len(x) // grid.width) * grid.width)
     if not np.isfinite(mean).any():
         raise InputError(
-            f'nothing was observed within {_corners(grid.origin, grid.upper)}: its tiles lie '
-            'between others; expected larger bounds'
+            f'no center of a cell of {grid.resolution:g} m within '
+            f'{_corners(grid.origin, grid.upper)} lies where something was observed; expected '
+            'bounds around the observations, or a finer resolution'
         )
     return Raster(grid, mean, stddev)
 

@@ -92,14 +92,12 @@ class Folding:
                 return losses.reject_message('not_usable', str(error), waiting)
             waiting -= len(chunk)
             losses.reject_points(observed.rejected)
-            self._note(y, observed, points.stamp)
+            if observed.folded:
+                self._note(y[self.into.usable(x, y)[0]], observed, points.stamp)
 
     def _note(self, y, observed, stamp) -> None:
-        if not observed.folded:
-            return
         report, n = self.report, self.into.normalization
         report.num_folded += observed.folded
         report.provenance = report.provenance.observed(stamp, stamp)
         values = (y - n.value_offset) / n.value_scale
-        if not observed.rejected:
-            report.sums = report.sums + [(values**power).sum(0) for power in range(3)]
+        report.sums = report.sums + [(values**power).sum(0) for power in range(3)]

@@ -153,6 +153,11 @@ class _Text:
                     f'{len(self.names)}: {", ".join(self.names)}'
                 )
                 continue
+            if strange := [c for c in cells if c.strip() and not _is_number(c)]:
+                losses.problems['not_finite'] = one_line(
+                    f'{self.path}: {strange[0].strip()!r} in {line.strip()!r} is no number; '
+                    'expected one such as 3.5'
+                )
             rows.append([_number(cell) for cell in cells])
         return np.array(rows, np.float64).reshape(-1, len(self.names))
 

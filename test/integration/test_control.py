@@ -17,9 +17,10 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import PointCloud2, Temperature
 from std_srvs.srv import Trigger
-from test_node import cloud, counts, height, request, scattered
+from test_node import cloud, counts, header, height, request, scattered
 
 from cmanp_ros import control
+from cmanp_ros.conversions import cloud_from_points
 from cmanp_ros.core.errors import CheckpointError
 from cmanp_ros.health import judge
 from cmanp_ros.maps import Code
@@ -340,6 +341,57 @@ def test_map_from_the_future_does_not_stamp_what_is_published(start_node, client
     assert simulated.header().stamp.sec == 50
     assert client.call(LoadState, 'sim/cmanp/load_state', LoadState.Request(name='day')).success
     assert simulated.header().stamp.sec == 50
+
+
+def test_two_nodes_that_save_in_one_folder_lose_neither_map(start_node, client, tmp_path):
+    options = {'state_directory': str(tmp_path), 'autosave_period': 1000.0, 'restore': 'autosave'}
+    nodes = [start_node(**options, namespace=name) for name in ('/one', '/two')]
+    for number, node in enumerate(nodes):
+        publish(
+            client, node, cloud(scattered(20 + number)), topic=f'{node.get_namespace()}/points'
+        )
+        node.control.autosave()
+    for number, node in enumerate(nodes):
+        more = cloud(scattered(50 + number, seed=4))
+        publish(client, node, more, topic=f'{node.get_namespace()}/points')
+        node.control.autosave()
+    directory = nodes[0].control.directory
+    found = {directory.load(n, nodes[0].field).field.num_observations for n in directory.names()}
+    assert {70, 72} <= found, found
+
+
+def test_what_is_asked_wrongly_is_counted_and_said_by_reason(start_node, client):
+    node = start_node()
+    said = []
+    node.warn = lambda reason, text: said.append(reason)
+    for query in (
+        Predict.Request(dim_x=2),
+        Predict.Request(header=header('nowhere'), dim_x=2, x=[1.0, 2.0]),
+        Predict.Request(header=header(), dim_x=3, x=[1.0, 2.0, 3.0]),
+    ):
+        assert not client.call(Predict, 'cmanp/predict', query).success
+    values = node.status.values(node.status.snapshot())
+    counted = {key: n for key, n in values.items() if key.startswith('questions_refused_')}
+    assert sum(counted.values()) == 3 and len(counted) == len(set(said)) >= 2, (counted, said)
+
+
+def test_age_of_what_is_observed_is_not_known_before_time_begins(start_node, client):
+    node = start_node(use_sim_time=True)
+    publish(client, node, cloud(scattered(53)))
+    assert node.status.values(node.status.snapshot())['newest_observation_age_sec'] is None
+
+
+def test_locations_that_messages_cannot_tell_apart_are_said(start_node, client):
+    node, said = start_node(tile_size=5.0), []
+    node.warn = lambda reason, text: said.append((reason, text))
+    publish(client, node, cloud(scattered(53)))
+    assert not said
+    x = scattered(53) + [5e5, 5.4e6]
+    fields = {'x': x[:, 0], 'y': x[:, 1], 'z': height(x)[:, 0]}
+    far = cloud_from_points(fields, header())
+    publish(client, node, far)
+    ((reason, text),) = said
+    assert reason == 'far_from_origin' and 'steps of 0.5 m' in text
 
 
 def test_undo_beyond_a_reset_is_refused_and_says_why(start_node, client):

@@ -423,6 +423,14 @@ def test_a_forgotten_map_is_where_an_empty_one_is_however_far_off_its_values_wer
     assert np.abs(mean - 300).max() < 15 and ((10 < stddev) & (stddev < 40)).all()
 
 
+@pytest.mark.parametrize('half_life_sec', [0.0, -1.0, float('nan')])
+def test_a_half_life_that_is_none_is_refused(load, half_life_sec):
+    with pytest.raises(
+        ConfigError, match=f'half_life_sec is {half_life_sec}, expected a positive'
+    ):
+        load(half_life_sec=half_life_sec)
+
+
 @pytest.mark.parametrize('checkpoint', ['gp1d_and'])
 def test_a_model_that_is_for_no_map_is_refused(checkpoint):
     with pytest.raises(ConfigError, match="such as 'field'"):

@@ -92,6 +92,10 @@ SITUATIONS = {
         snapshot(points=rejected(outside_workspace=53, not_finite=2)),
         ('53 rejected', 'bounds_min'),
     ),
+    'no_points': (
+        snapshot(source(messages=Counts(9, 9)), points=Counts(), num_folded=0),
+        ('no point is in any', 'its range'),
+    ),
     'all_thinned': (snapshot(points=rejected(thinned=53)), ('53 points', 'voxels')),
     'all_rejected': (
         snapshot(source(messages=rejected(odd=7), example='it is odd')),

@@ -127,7 +127,7 @@ def test_what_cannot_be_drawn_is_refused(corner):
         raster.layout(corner, beside)
     with pytest.raises(InputError, match=r'overlap \(-1.5, -1.5\) to \(15.5, 11.5\) m'):
         raster.layout(corner, beside)
-    with pytest.raises(InputError, match='tiles lie between others; expected larger bounds'):
+    with pytest.raises(InputError, match='no center of a cell .*; expected bounds around'):
         raster.rasterize(corner, Grid((10.0, 8.0), 0.5, 3, 2))
     with pytest.raises(ConfigError, match='expected bounds_min < bounds_max'):
         raster.layout(corner, ((5, 5), (1, 1)))

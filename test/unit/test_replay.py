@@ -94,6 +94,35 @@ def test_observations_fade_by_the_time_of_the_stamps(bag):
     np.testing.assert_allclose(counts[0], states(expected)[1]['least_squares.count'])
 
 
+def test_a_recording_of_which_nothing_can_be_used_makes_no_map(tmp_path, capsys):
+    path = tmp_path / 'text.csv'
+    path.write_text('x,y,depth\n1,2,hello\n3,4,5;6\n')
+    status, text = run(capsys, path)
+    assert status == 1 and 'no map is written' in text
+    assert "'hello' in '1,2,hello' is no number" in text or "'5;6'" in text
+    assert not list(tmp_path.glob('*.safetensors'))
+
+
+@pytest.mark.parametrize(
+    ('values', 'said'),
+    [
+        (
+            [12.0, 13.0, 14.0, 13.0, 1e12],
+            ('13 +- 0.707', 'value_offset:=13', 'value_scale:=0.707'),
+        ),
+        ([50.0, 50.0], ('all are 50', 'value_offset:=50')),
+        ([0.1, -0.2], ()),
+        ([0.5, 0.5], ()),
+    ],
+)
+def test_units_that_would_be_better_are_those_of_what_was_folded(tmp_path, capsys, values, said):
+    path = tmp_path / 'a.csv'
+    path.write_text('x,y,depth\n' + ''.join(f'{n},{n},{v}\n' for n, v in enumerate(values)))
+    status, text = run(capsys, path)
+    assert status == 0 and ('hint' in text) == bool(said)
+    assert all(each in text for each in said), text
+
+
 def test_a_clock_that_was_wrong_once_fades_nothing(tmp_path):
     """One message is stamped a year ahead of when it was written."""
     points = np.random.default_rng(3).uniform(0, 20, (3, 13, 3))
