@@ -270,7 +270,7 @@ class NeuralField:
         """
         own = self.robots[:1]
         if self._store is not None:
-            self._store.clear()
+            self._store.clear({'robots': own})  # it stays this robot's, whenever the process ends
         self.world.clear()
         self.world.tiles.totals['robots'] = own
         self._version += 1

@@ -107,12 +107,17 @@ class TileStore:
         self._keys.update(rows)
         self._extra = text
 
-    def clear(self):
-        """Delete the tiles and `extra`, all or none; the identity stays."""
+    def clear(self, extra: dict | None = None):
+        """
+        Delete the tiles, all or none; the identity stays.
+
+        :param extra: what is there instead of what was written beside them; None: nothing.
+        """
+        text = _to_json(extra or {})
         with self._transaction():
             self._db.execute('DELETE FROM tiles')
-            self._put('meta', [(b'extra', _to_json({}))])
-        self._keys, self._extra = set(), _to_json({})
+            self._put('meta', [(b'extra', text)])
+        self._keys, self._extra = set(), text
         with suppress(sqlite3.Error):
             self._db.execute('VACUUM')  # makes the file small; else its space is used again
 

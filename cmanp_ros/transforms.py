@@ -235,6 +235,9 @@ class TransformListener:
                 f'{timeout_sec:g} s (parameter tf_timeout): {why}'
             )
             return functools.partial(waiting.failed, TransformError(reason, message))
+        except Exception as error:  # a fault of tf2 must not end the thread, nor wait for ever
+            message = f"a fault when '{waiting.frame}' was looked up: {error!r}"
+            return functools.partial(waiting.failed, TransformError('bad_transform', message))
 
 
 class _Tf2:

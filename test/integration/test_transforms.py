@@ -434,6 +434,21 @@ def test_unknown_frame_fails_and_says_what_is_known(tf, start):
     assert 'correct the frame_id' in text
 
 
+def test_fault_of_tf2_is_an_answer_and_the_next_one_comes(tf, start, monkeypatch):
+    tf.play(7, 9)
+    listener = start()
+    expected = ask(listener, 'base_link', 8.0).get()
+
+    def fault(*_):
+        raise RuntimeError('a fault of tf2')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(listener._tf2, 'lookup', fault)
+        text = ask(listener, 'base_link', 8.0).error('bad_transform')
+        assert 'a fault of tf2' in text and "'base_link'" in text
+    np.testing.assert_array_equal(ask(listener, 'base_link', 8.0).get(), expected)
+
+
 def test_frames_of_different_trees_fail(tf, start):
     tf.play(7, 9)
     tf.play(7, 9, parent='truck', child='trailer')

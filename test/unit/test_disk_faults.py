@@ -132,6 +132,17 @@ def test_what_a_kill_leaves_is_a_map_that_there_was(max_tiles, tmp_path, monkeyp
     paged.close()
 
 
+def test_a_map_that_was_reset_is_the_same_robots_whenever_the_process_ends(tmp_path):
+    field = field_of(tmp_path)
+    field.observe(*walk(0))
+    field.flush()
+    field.reset()
+    field._store.close()  # no flush
+    again = field_of(tmp_path)
+    assert (again.robots, again.num_observations) == (field.robots, 0)
+    again.close()
+
+
 def test_a_store_that_cannot_be_written_is_closed_all_the_same(tmp_path, monkeypatch):
     field = field_of(tmp_path)
     field.observe(*walk(0))

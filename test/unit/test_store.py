@@ -243,6 +243,9 @@ def test_clear_forgets_all_but_the_identity(closed):
         assert content(store) == ({}, {})
         store.write(TILES)
         assert content(store) == (TILES, {})
+        store.clear({'robots': ['a']})
+    with TileStore(closed, IDENTITY) as store:
+        assert content(store) == ({}, {'robots': ['a']})
 
 
 def test_clear_gives_the_space_back(path):
