@@ -172,6 +172,8 @@ class World:
             _check_finite(some, state)
             changes.append((some, state))
         rows = self.tiles.change(changes, num_observations=self.num_observations + len(x))
+        if not len(rows):  # more than fit in memory
+            self._ready.clear()
         for row in set(rows.tolist()) - self._asked.keys():
             self._ready.pop(row, None)  # or an answer might be very old
 
