@@ -10,6 +10,7 @@ import array
 import threading
 import time
 from collections import Counter
+from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 
@@ -51,6 +52,7 @@ class Control:
         """Reason -> maps of peers."""
         self._num_maps = 0  # begun: by a reset, or by loading one
         self._saved_map = None  # which of them is the one that is saved by itself
+        self._saved_file = None  # its file, as it was written or loaded here
         self._saving = threading.Lock()
         self._state = node.open_publisher(State, '~/state', LATCHED)
         self._saved_version = node.fleet.own.version
@@ -127,8 +129,8 @@ class Control:
     def begin_again(self):
         """Forget the map, on the worker's thread."""
         intake = self._node.intake
-        self._num_maps += 1
         self._node.fleet.own.reset()
+        self._num_maps += 1
         intake.begin_again(intake.nothing_yet())
 
     def _on_save(self, request, response):
@@ -185,8 +187,10 @@ class Control:
         own.replace_with(saved.field)
         self._node.intake.begin_again(saved.provenance)
         self._num_maps += 1
-        self._saved_map = self._num_maps if name == AUTOSAVE else None
-        self._saved_version = own.version if name == AUTOSAVE else None
+        self._saved_map = self._saved_version = None
+        if name == AUTOSAVE:
+            self._saved_map, self._saved_version = self._num_maps, own.version
+            self._saved_file, self._autosave_fault = saved.file, ''
 
     def _answer(self, response, work, finish=lambda result: result):
         """
@@ -243,15 +247,17 @@ class Control:
 
         try:
             version, number, write = _result(node.worker.ask(copied))
-            is_own = self._saved_map == number and self.directory.is_known(AUTOSAVE)
+            there = self.directory.identity(AUTOSAVE)
+            is_own = self._saved_map == number and there == self._saved_file
             if not is_own and (aside := self.directory.set_aside(AUTOSAVE)):
                 node.get_logger().warning(
                     f"'{AUTOSAVE}' is of another map, which was not restored, or was reset or "
                     f"replaced, or of another node that saves there: it is kept as '{aside}'"
                 )
             write()
+            self._saved_file = self.directory.identity(AUTOSAVE)
             self._saved_map, self._saved_version, self._autosave_fault = number, version, ''
-        except (CMANPError, FutureTimeout) as error:
+        except (CMANPError, FutureTimeout, CancelledError) as error:
             fault = str(error) or f'overloaded for {TIMEOUT_SEC:g} s'
             self._autosave_fault = f'autosave failed: {fault}'
             node.warn('autosave', f'not saved by itself, it is in memory only: {fault}')

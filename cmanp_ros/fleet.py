@@ -161,7 +161,8 @@ class Fleet:
             return Received(
                 'counted_twice',
                 f'robot {robot!r} sent a map of the same id as this one: both began from one '
-                'file, whose observations would count twice; reset one of the two maps',
+                'file, whose observations would count twice; start one of the two without that '
+                '(restore, store)',
             )
         older = self._peers.get(robot)
         if older is not None and sequence <= older.sequence:

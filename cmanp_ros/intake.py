@@ -190,7 +190,8 @@ class Intake:
             at, *then = self._marks.pop()
             if at <= moment + 1e-6:  # the sum of two differences
                 self._marks.append((at, *then))
-                self.provenance, self.newest_stamp = then
+                self.provenance, newest = then
+                self.newest_stamp = self._not_in_future(newest)
                 break
         self._node.refresher.begin_again()
         for source in self.sources.values():

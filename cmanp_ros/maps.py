@@ -83,6 +83,8 @@ class SavedMap(NamedTuple):
     field: NeuralField
     """In memory; to be taken over by `replace_with` or `merge`."""
     provenance: Provenance
+    file: tuple | None = None
+    """Which file it was, see `StateDirectory.identity`; None: none."""
 
 
 def empty_map(parameters: NodeParameters) -> NeuralField:
@@ -174,7 +176,6 @@ class StateDirectory:
         """
         self._folder = Path(folder).resolve() if folder else None
         self._frame, self._max_bytes = frame, max_bytes
-        self._known = {}  # name -> what its file was when it was last written or read here
         if self._folder is not None:
             with suppress(OSError):  # whoever asks for a map is told
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -223,9 +224,7 @@ class StateDirectory:
 
         def write():
             try:
-                checkpoint.save_map(path, *content)
-                self._known[name] = _identity(path.stat())
-                return path
+                return checkpoint.save_map(path, *content)
             except (OSError, CMANPError) as error:
                 raise MapError(
                     Code.FAILED,
@@ -246,16 +245,20 @@ class StateDirectory:
                 Code.NO_DIRECTORY, f'state_directory {self._folder} is not writable: make it so'
             )
 
-    def is_known(self, name: str) -> bool:
+    def identity(self, name: str) -> tuple | None:
         """
-        Tell whether a map is the one that was last written or read here, or is not there.
+        Return what tells the file of a map from all others, before and after; None: there is none.
 
-        :raises MapError: with the code BAD_NAME or NO_DIRECTORY.
+        :raises MapError: with the code BAD_NAME, NO_DIRECTORY or FAILED.
         """
         try:
-            return self._known.get(name) == _identity(self._path(name).stat())
+            return _identity(self._path(name).stat())
         except FileNotFoundError:
-            return True
+            return None
+        except OSError as error:
+            raise MapError(
+                Code.FAILED, f'the map {name!r} cannot be looked at ({error})'
+            ) from error
 
     def set_aside(self, name: str) -> str | None:
         """
@@ -290,8 +293,8 @@ class StateDirectory:
         :raises MapError: with the code BAD_NAME, NOT_FOUND, DAMAGED, OTHER_WEIGHTS, OTHER_MAP,
             NO_DIRECTORY or FAILED.
         """
-        data = self._content(name)
-        return from_bytes(data, field, self._frame, f'the map {name!r}')
+        data, file = self._content(name)
+        return from_bytes(data, field, self._frame, f'the map {name!r}')._replace(file=file)
 
     def _path(self, name):
         """Return the path of a map, which lies in the folder, or a link there."""
@@ -335,8 +338,7 @@ class StateDirectory:
                         f'the map {name!r} has {found.st_size} bytes, at most {self._max_bytes} '
                         'are read: use a smaller map',
                     )
-                self._known[name] = _identity(found)
-                return file.read(self._max_bytes)
+                return file.read(self._max_bytes), _identity(found)
         except (FileNotFoundError, IsADirectoryError) as error:
             raise MapError(
                 Code.NOT_FOUND, f'no map {name!r}: expected one of {self.names()}'

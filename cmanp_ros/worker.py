@@ -106,6 +106,9 @@ class Worker:
         """Run a callable on the thread that owns the model, between two chunks."""
         future = Future()
         with self._condition:
+            if self._stopping:
+                future.cancel()
+                return future
             self._questions.append((question, future))
             self._condition.notify()
         return future

@@ -649,7 +649,7 @@ def _honest_sums(config, a):
     Return gram, moment, sum of squares and count of the points that count as independent.
 
     Values are taken relative to their mean: an offset of the field costs nothing, however far it
-    is beyond the relief. The mean of what is forgotten, after 20 half-lives, goes back to 0.
+    is beyond the relief. The mean of what is forgotten goes back to 0, after 20 to 30 half-lives.
 
     :return: these, the mean (batch, dim_y), and the share of the points that counts (batch,).
     """
@@ -661,7 +661,8 @@ def _honest_sums(config, a):
     freshest = a.voxel_freshness.amax(1, keepdim=True)  # 1 where nothing was forgotten
     center = center * (freshest / FORGOTTEN).clamp(max=1)
     moment = a.moment - gram[:, :, basis.CONSTANT].unsqueeze(-1) * center.unsqueeze(1)
-    sum_squares = (a.sum_squares - center * a.moment[:, basis.CONSTANT]).clamp(min=0)
+    about = a.moment[:, basis.CONSTANT] + moment[:, basis.CONSTANT]  # the latter is 0 but for that
+    sum_squares = (a.sum_squares - center * about).clamp(min=0)
     return (
         gram * share[:, None, None],
         moment * share[:, None, None],

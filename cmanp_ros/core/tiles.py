@@ -299,6 +299,8 @@ class Tiles:
         :return: the rows of those in memory then, (n,) int64: all, or with more than fit none.
         """
         keys = [key for some, _ in changes for key in some]
+        if self.history is not None and len(keys) > self.history.max_tiles:
+            self.history.clear()  # it could not keep that
         if self.history is not None and (first := self.history.unknown(keys)):
             there = [key for key in first if key in self]
             copies = dict(zip(there, self.to_bytes(there), strict=True))
@@ -327,6 +329,7 @@ class Tiles:
         self._dirty[:] = False
         for key in keys & self._row_of.keys():
             self._drop(key)
+        self._changes += 1
         self.totals |= totals
         self._num_tiles = len(self.store.keys())
 

@@ -68,7 +68,9 @@ class Tables:
             self._tables, self._columns, self._spans, strict=True
         ):
             start, stop = (min(max(edge, own.start), own.stop) - own.start for edge in span)
-            for rows in table.read(start, stop, recording.losses) if start < stop else ():
+            if start == stop:
+                continue
+            for rows in table.read(start, stop, recording.losses, {*x, *y}):
                 recording.num_read += 1
                 values = rows[:, y] * source.value_scale + source.value_offset
                 nanoseconds = 0
@@ -123,23 +125,27 @@ class _Text:
         line = line.lstrip('#/ ')
         return [name.strip().strip('"').lstrip('#/ ') for name in line.split(self._delimiter)]
 
-    def read(self, start: int, stop: int, losses) -> Iterator[np.ndarray]:
-        """Read some lines, (n, columns) at a time."""
+    def read(self, start: int, stop: int, losses, used: set[int]) -> Iterator[np.ndarray]:
+        """
+        Read some lines, (n, columns) at a time.
+
+        :param used: columns in which what is no number is a fault.
+        """
         with self._open() as file:
             lines = itertools.islice(file, self._num_skipped + start, self._num_skipped + stop)
             while batch := list(itertools.islice(lines, NUM_LINES)):
-                yield self._rows(batch, losses)
+                yield self._rows(batch, losses, used)
 
-    def _rows(self, lines: list[str], losses) -> np.ndarray:
+    def _rows(self, lines: list[str], losses, used) -> np.ndarray:
         try:
             rows = np.loadtxt(lines, delimiter=self._delimiter, ndmin=2)
             if rows.shape[1] == len(self.names) or not rows.size:
                 return rows.reshape(-1, len(self.names))
         except ValueError:
             pass
-        return self._good_rows(lines, losses)
+        return self._good_rows(lines, losses, used)
 
-    def _good_rows(self, lines: list[str], losses) -> np.ndarray:
+    def _good_rows(self, lines: list[str], losses, used) -> np.ndarray:
         """Read line by line, and count those that cannot be read."""
         rows = []
         for line in lines:
@@ -153,9 +159,10 @@ class _Text:
                     f'{len(self.names)}: {", ".join(self.names)}'
                 )
                 continue
-            if strange := [c for c in cells if c.strip() and not _is_number(c)]:
+            needed = [cells[n] for n in sorted(used)]
+            if strange := [cell.strip() for cell in needed if not _is_number(cell)]:
                 losses.problems['not_finite'] = one_line(
-                    f'{self.path}: {strange[0].strip()!r} in {line.strip()!r} is no number; '
+                    f'{self.path}: {strange[0]!r} in {line.strip()!r} is no number; '
                     'expected one such as 3.5'
                 )
             rows.append([_number(cell) for cell in cells])
@@ -180,8 +187,8 @@ class _Las:
             ]
         self.names = ['x', 'y', 'z', *extra]
 
-    def read(self, start: int, stop: int, losses) -> Iterator[np.ndarray]:
-        """Read some points, (n, columns) at a time."""
+    def read(self, start: int, stop: int, losses, used: set[int]) -> Iterator[np.ndarray]:
+        """Read some points, (n, columns) at a time; all of them are numbers."""
         with self._open() as file:
             file.seek(start)
             while start < stop:

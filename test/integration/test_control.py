@@ -1,5 +1,6 @@
 """The map as a whole, over DDS: save, load, merge, undo, peers, forgetting, clocks, parameters."""
 
+import contextlib
 import threading
 import time
 
@@ -23,7 +24,7 @@ from cmanp_ros import control
 from cmanp_ros.conversions import cloud_from_points
 from cmanp_ros.core.errors import CheckpointError
 from cmanp_ros.health import judge
-from cmanp_ros.maps import Code
+from cmanp_ros.maps import Code, MapError
 from cmanp_ros.store import TileStore
 
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -392,6 +393,51 @@ def test_locations_that_messages_cannot_tell_apart_are_said(start_node, client):
     publish(client, node, far)
     ((reason, text),) = said
     assert reason == 'far_from_origin' and 'steps of 0.5 m' in text
+
+
+def test_map_of_another_node_that_could_not_be_loaded_is_not_replaced(
+    start_node, client, tmp_path
+):
+    options = {'state_directory': str(tmp_path), 'autosave_period': 1000.0}
+    nodes = [
+        start_node(**options, namespace=name, tile_size=size)
+        for name, size in (('/one', 5.0), ('/two', 4.0))
+    ]
+    for number, node in enumerate(nodes):
+        publish(
+            client, node, cloud(scattered(20 + number)), topic=f'{node.get_namespace()}/points'
+        )
+        node.control.autosave()
+    load = client.call(LoadState, 'one/cmanp/load_state', LoadState.Request(name='autosave'))
+    assert not load.success
+    publish(client, nodes[0], cloud(scattered(30, seed=4)), topic='one/points')
+    nodes[0].control.autosave()
+    directory, found = nodes[1].control.directory, []
+    for name in directory.names():
+        with contextlib.suppress(MapError):
+            found.append(directory.load(name, nodes[1].field).field.num_observations)
+    assert found == [21], 'the map of two, set aside'
+
+
+def test_loading_what_was_saved_ends_the_fault_of_saving(
+    start_node, client, tmp_path, monkeypatch
+):
+    node = start_node(state_directory=str(tmp_path), autosave_period=1000.0)
+    publish(client, node, cloud(scattered(53)))
+    node.control.autosave()
+    publish(client, node, cloud(scattered(20, seed=4)))
+
+    def fail(*_):
+        raise MapError(Code.FAILED, 'no space left')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(node.control.directory, 'writer', fail)
+        node.control.autosave()
+        assert 'no space left' in node.control.save_fault
+    assert client.call(LoadState, 'cmanp/load_state', LoadState.Request(name='autosave')).success
+    assert not node.control.save_fault
+    node.control.autosave()
+    assert node.control.directory.names() == ['autosave'], 'it is the same map'
 
 
 def test_undo_beyond_a_reset_is_refused_and_says_why(start_node, client):

@@ -318,9 +318,12 @@ def test_what_was_sent_while_the_node_was_not_active_is_not_lost(start_node, cli
     for seed in range(3):
         points.publish(cloud(scattered(5, seed)))
     node.trigger_activate()
-    points = client.publisher(PointCloud2, 'points', qos_profile_sensor_data)
+    wait_for(points.get_subscription_count)
+    wait_for(node.intake.sources['points'].subscription.get_publisher_count)
     points.publish(cloud(scattered(7)))
     wait_until_folded(node, 12)
+    points.publish(cloud(scattered(8)))  # numbers are compared with those of the one before
+    wait_until_folded(node, 20)
     assert node.status.values(node.status.snapshot())['messages_lost'] == 0
 
 

@@ -132,6 +132,41 @@ def test_what_a_kill_leaves_is_a_map_that_there_was(max_tiles, tmp_path, monkeyp
     paged.close()
 
 
+def test_folds_of_more_tiles_than_fit_write_the_others_too_and_what_has_faded(tmp_path):
+    """Small folds stay in memory until a large one goes to the store with them."""
+    paged, whole = field_of(tmp_path, FEWER), field_of()
+    for field in (paged, whole):
+        field.half_life_sec = 10.0
+    (x, y), elsewhere = walk(0, count=1), np.array([[60.0, 60.0]])
+    for field in (paged, whole):
+        field.observe(x, y)
+        field.forget(5.0)
+        field.observe(*walk(1))
+        field.forget(7.0)
+        field.observe(elsewhere, np.array([310.0]))
+        field.observe(*walk(2))
+    assert not paged.world.tiles._dirty.any(), 'the large fold has written all'
+    paged._store.close()  # no flush
+    again = field_of(tmp_path)
+    count, _, keys, state = content(again)
+    expected = content(whole)
+    assert (count, keys) == (expected[0], expected[2])
+    assert_states_close(
+        state, expected[3], rtol=1e-4, atol=1e-5
+    )  # other batches, single precision
+    again.close()
+
+
+def test_tiles_beside_a_fold_of_more_than_fit_are_solved_anew(tmp_path):
+    field = field_of(tmp_path, FEW)
+    field.observe(*walk(0))
+    field.predict(walk(0)[0])
+    before = field.world.tiles.num_changes
+    x = np.random.default_rng(0).uniform(-40, 40, (200, 2))
+    field.observe(x, np.full(len(x), 300.0))
+    assert field.num_tiles > FEW and field.world.tiles.num_changes > before
+
+
 def test_a_map_that_was_reset_is_the_same_robots_whenever_the_process_ends(tmp_path):
     field = field_of(tmp_path)
     field.observe(*walk(0))

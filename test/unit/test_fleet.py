@@ -212,7 +212,7 @@ def test_two_robots_that_began_from_one_file_are_told_so():
     twin = Fleet(own.own.read(own.own.to_bytes())[0], 'map', now=50)
     twin.observe(*walk(3))
     refused = send(twin, own, now=60)
-    assert refused.reason == 'counted_twice' and 'reset one' in refused.text
+    assert refused.reason == 'counted_twice' and 'start one of the two without' in refused.text
     assert send(own, twin, now=40).reason == 'own', 'sent before the twin began: its own, perhaps'
     assert_saw(own.combined, 0)
 

@@ -62,14 +62,16 @@ def test_a_map_comes_back_to_the_bit_with_its_provenance(directory, folder, plac
     assert path == folder / 'kitchen-1.old.safetensors'
     assert directory.names() == ['kitchen-1.old']
     assert [file.name for file in folder.iterdir()] == [path.name]
-    found, provenance = directory.load('kitchen-1.old', field_of())
+    found, provenance, file = directory.load('kitchen-1.old', field_of())
+    assert file == directory.identity('kitchen-1.old') is not None
+    assert directory.identity('kitchen-2') is None
     assert_same_bits(content(found), content(field))
     assert provenance == PROVENANCE
 
 
 def test_a_message_carries_what_a_file_does():
     field = observed(0, 1)
-    found, provenance = maps.from_bytes(maps.to_bytes(field, PROVENANCE), field_of(), '/map')
+    found, provenance, _ = maps.from_bytes(maps.to_bytes(field, PROVENANCE), field_of(), '/map')
     assert_same_bits(content(found), content(field))
     assert provenance == PROVENANCE
 

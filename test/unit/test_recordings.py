@@ -364,6 +364,12 @@ def test_tables_of_many_forms_are_read(tmp_path, name, text, sources):
         assert (x.tolist(), y.tolist()) == ([[2, 3], [7, 11]], [[5], [13]])
 
 
+def test_words_beside_the_numbers_are_no_fault(tmp_path):
+    (tmp_path / 'a.csv').write_text('time,x,y,depth\n2024-05-01T10:00:00Z,2,3,5\n')
+    chunks, recording = read(tmp_path / 'a.csv', [':depth'])
+    assert chunks[0].y.tolist() == [[5]] and not recording.losses.problems
+
+
 def test_locations_and_values_have_as_many_columns_as_the_model(tmp_path):
     (tmp_path / 'a.csv').write_text('x,y,z,u,v\n2,3,5,7,11\n')
     (chunk,), _ = read(tmp_path / 'a.csv', [':u,v'], dim_x=3, dim_y=2)
