@@ -36,6 +36,7 @@ LEFT, RIGHT, TOP, BOTTOM = 0.8, 0.75, 1.5, 0.7  # [inch] margins
 BESIDE, BELOW = 1.35, 0.85  # [inch] between panels
 ELONGATED = 1.8  # maps that are longer lie over each other
 LONGEST = 6.0  # beside a longer or narrower map, more is shown
+MANY_DIGITS = 1e5  # on the y axis: written upright, as far east as other numbers
 KILOMETERS = 5000.0  # [m] from where on axes count in km
 DPI = 100
 LOGARITHMIC = 6.0  # ratio of stddev from where on its colors are
@@ -139,6 +140,10 @@ class _Page:
                     MaxNLocator(max(2, int(length / 0.85)), steps=[1, 2, 5, 10])
                 )
             axes.ticklabel_format(useOffset=False, style='plain')
+            if self.scaled(np.abs(self._limits[:, 1]).max()) >= MANY_DIGITS:  # or 'y' is cut off
+                axes.tick_params(axis='y', labelrotation=90)
+                for label in axes.get_yticklabels():
+                    label.set_verticalalignment('center')
         panels[0].set_ylabel(f'y [{self._length}]')
         panels[1].set_xlabel(f'x [{self._length}]')
         if self._is_stacked:

@@ -7,6 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from small_models import build
 from small_models import field as small_config
 
@@ -236,6 +237,15 @@ def test_long_maps_lie_over_each_other(tmp_path):
         picture.draw(flat(width, height, 11), path, picture.Labels('a', 'b', 'm'))
         shapes.append(colorful(path)[1])
     assert shapes[0][1] > 1.3 * shapes[0][0] and shapes[1][1] < 1.5 * shapes[1][0]
+
+
+@pytest.mark.parametrize('north', [0.0, 5_400_000.0], ids=['near', 'as UTM has it'])
+def test_what_stands_at_the_axes_is_in_the_picture(north):
+    drawn = flat(50, 50, 50)._replace(grid=Grid((500_000.0, north), 1.0, 50, 50))
+    page = picture._Page(drawn, has_chart=False)
+    axes, _ = page.maps()
+    FigureCanvasAgg(page.figure).draw()
+    assert axes.yaxis.label.get_window_extent().x0 > 0
 
 
 def test_the_chart_and_the_dots_are_drawn(tmp_path):
