@@ -4,6 +4,8 @@ import array
 import dataclasses
 import math
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import rclpy
@@ -471,3 +473,29 @@ def test_set_callback_takes_changes_that_fit_each_other_and_refuses_others(ros_n
     assert not refused.successful and 'use larger cells' in refused.reason
     assert held[-1].tf_timeout == node.get_parameter('tf_timeout').value == 0.2
     assert not set_together(on_clock_jump='stop').successful
+
+
+@pytest.mark.parametrize(
+    ('text', 'said'),
+    [
+        ('/**:\n  foo: 1\n', "Couldn't parse params file"),
+        (
+            '/**:\n  ros__parameters:\n    bounds_min: [1.0, a]\n',
+            'Sequence should be of same type',
+        ),
+        ('/**:\n  ros__parameters:\n    tile_size: [1.0, 2.0]\n', 'tile_size is [1.0, 2.0]'),
+    ],
+)
+def test_file_that_is_none_of_parameters_ends_the_node_with_a_line(tmp_path, text, said):
+    path = tmp_path / 'p.yaml'
+    path.write_text(text)
+    command = [sys.executable, '-m', 'cmanp_ros.cli', 'node', '--ros-args', '--params-file', path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert said in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_help_of_the_node_starts_none():
+    command = [sys.executable, '-m', 'cmanp_ros.cli', 'node', '--help']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and '--params-file' in done.stdout
