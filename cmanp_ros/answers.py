@@ -110,7 +110,7 @@ class Answers:
         except FutureTimeout:
             future.cancel()
             late = f'no answer within {TIMEOUT_SEC:g} s: overloaded'
-            return self._refuse(response, InputError(late), 'overloaded')
+            return self._refuse(response, late, 'overloaded')
         except Exception as error:  # a fault of ours or of torch must not end the node
             return self._refuse(response, f'no answer: {error!r}', 'internal_error')
         response.success = True

@@ -186,13 +186,11 @@ class Intake:
 
         Voxels are free again: what was taken back may come again.
         """
-        while self._marks:
-            at, *then = self._marks.pop()
-            if at <= moment + 1e-6:  # the sum of two differences
-                self._marks.append((at, *then))
-                self.provenance, newest = then
-                self.newest_stamp = self._not_in_future(newest)
-                break
+        while self._marks and self._marks[-1][0] > moment + 1e-6:  # the sum of two differences
+            self._marks.pop()
+        if self._marks:
+            _, self.provenance, newest = self._marks[-1]
+            self.newest_stamp = self._not_in_future(newest)
         self._node.refresher.begin_again()
         for source in self.sources.values():
             source.admission.clear()

@@ -104,21 +104,21 @@ class Worker:
 
     def ask(self, question: Callable[[], Any]) -> Future:
         """Run a callable on the thread that owns the model, between two chunks."""
+        return self._queued(self._questions, question)
+
+    def work(self, steps: Iterator[None]) -> Future:
+        """Run a long piece of work on the thread that owns the model, a step now and then."""
+        return self._queued(self._long, steps)
+
+    def _queued(self, queue, wanted):
+        """Put what is wanted in a queue; after the end it is cancelled at once."""
         future = Future()
         with self._condition:
             if self._stopping:
                 future.cancel()
-                return future
-            self._questions.append((question, future))
-            self._condition.notify()
-        return future
-
-    def work(self, steps: Iterator[None]) -> Future:
-        """Run a long piece of work on the thread that owns the model, a step now and then."""
-        future = Future()
-        with self._condition:
-            self._long.append((steps, future))
-            self._condition.notify()
+            else:
+                queue.append((wanted, future))
+                self._condition.notify()
         return future
 
     def _run(self):

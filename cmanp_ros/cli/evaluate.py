@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from cmanp_ros.core.errors import InputError
-from cmanp_ros.recordings.recording import Recording
 
 STUDIES = {
     'terrain': 'windows of real terrain, beside an exact GP and linear interpolation',
@@ -296,13 +295,14 @@ def _pair(value):
 
 def _tile_size(options):
     from cmanp_ros.evaluation import ours, scores, tile_size
+    from cmanp_ros.recordings import Recording
 
     with Recording(options.file, options.source) as recording:
         print(*recording.descriptions, sep='\n', flush=True)
         chunks = list(recording.chunks())
-        left_out = {reason: count for reason, count in recording.rejected.items() if count}
+        left_out = [f'{count:,} ({reason})' for reason, count in recording.rejected.items()]
     if left_out:
-        print(f'left out: {", ".join(f"{n:,} ({reason})" for reason, n in left_out.items())}')
+        print(f'left out: {", ".join(left_out)}')
     if not chunks:
         raise InputError(f'{options.file}: no point can be used; expected x, y and a value')
     x, y = (np.concatenate(part) for part in ([c.x for c in chunks], [c.y[:, 0] for c in chunks]))

@@ -34,11 +34,10 @@ def main(arguments) -> int:
         fold = _fold_here if options.scheduler is None else _fold_elsewhere
         field, report, problem = fold(job, recording, options.scheduler, stop)
         seconds = time.monotonic() - began
-    if report.num_folded:
-        maps.save(field, out, report.provenance)
     print(_summary(field, report, seconds, None if stop.asked else recording.duration_sec))
     if not report.num_folded:
         raise problem or InputError('no point was folded, and no map is written: see above why')
+    maps.save(field, out, report.provenance)
     print(f'map          {out} ({out.stat().st_size / 1e6:.1f} MB)')
     if proposal := hint(field, report):
         print(proposal)

@@ -102,10 +102,18 @@ class History:
         return True
 
     def unknown(self, keys: list[Key]) -> list[Key]:
-        """Return the tiles of which there is no copy since the last mark."""
+        """
+        Return the tiles of which there is no copy since the last mark.
+
+        Where they are more than can be kept all marks go at once, and nothing is to be copied.
+        """
         if not self._marks:
             return []
-        return [key for key in keys if key not in self._marks[-1].before]
+        found = [key for key in keys if key not in self._marks[-1].before]
+        if len(found) > self.max_tiles:
+            self.clear()
+            return []
+        return found
 
     def keep(self, contents: dict[Key, bytes | None]):
         """Keep copies of `unknown` tiles."""
@@ -299,8 +307,6 @@ class Tiles:
         :return: the rows of those in memory then, (n,) int64: all, or with more than fit none.
         """
         keys = [key for some, _ in changes for key in some]
-        if self.history is not None and len(keys) > self.history.max_tiles:
-            self.history.clear()  # it could not keep that
         if self.history is not None and (first := self.history.unknown(keys)):
             there = [key for key in first if key in self]
             copies = dict(zip(there, self.to_bytes(there), strict=True))
@@ -440,8 +446,7 @@ class Tiles:
                 f'{needed} tiles are needed at once, max_tiles is {self.max_tiles}: allow more'
             )
         stored = [i for i, key in enumerate(keys) if self.store is not None and key in self.store]
-        contents = self.store.read([keys[i] for i in stored]) if stored else []
-        found = self._unpacked(contents) if stored else {}
+        found = self._unpacked(self.store.read([keys[i] for i in stored])) if stored else {}
         self._make_room(len(keys), needed)
         rows = [self._free.pop() for _ in keys]  # nothing can fail from here on
         self._row_of |= zip(keys, rows, strict=True)

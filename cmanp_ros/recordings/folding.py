@@ -92,8 +92,10 @@ class Folding:
                 return losses.reject_message('not_usable', str(error), waiting)
             waiting -= len(chunk)
             losses.reject_points(observed.rejected)
+            if observed.rejected:
+                y = y[self.into.usable(x, y)[0]]
             if observed.folded:
-                self._note(y[self.into.usable(x, y)[0]], observed, points.stamp)
+                self._note(y, observed, points.stamp)
 
     def _note(self, y, observed, stamp) -> None:
         report, n = self.report, self.into.normalization

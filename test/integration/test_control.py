@@ -214,17 +214,23 @@ def test_request_that_was_begun_is_waited_for_and_not_said_to_be_left_undone(
 ):
     node = start_node()
     publish(client, node, cloud(scattered(53)))
-    begun, reset = threading.Event(), node.field.reset
+    given_up, reset, ask = threading.Event(), node.field.reset, node.worker.ask
 
     def slow():
-        begun.set()
-        time.sleep(0.5)
+        assert given_up.wait(20)
         reset()
+
+    def watched(question):
+        future = ask(question)
+        cancel = future.cancel
+        future.cancel = lambda: (given_up.set(), cancel())[1]
+        return future
 
     monkeypatch.setattr(control, 'TIMEOUT_SEC', 0.1)
     monkeypatch.setattr(node.field, 'reset', slow)
+    monkeypatch.setattr(node.worker, 'ask', watched)
     answer = client.call(Trigger, 'cmanp/reset', Trigger.Request())
-    assert begun.is_set() and answer.success and '53' in answer.message
+    assert given_up.is_set() and answer.success and '53' in answer.message
     assert node.field.num_observations == 0
 
 
@@ -232,9 +238,11 @@ def test_request_that_was_not_begun_in_time_is_not_done_later(start_node, client
     node = start_node()
     publish(client, node, cloud(scattered(53)))
     monkeypatch.setattr(control, 'TIMEOUT_SEC', 0.1)
-    held = node.worker.ask(lambda: time.sleep(0.5))
+    go_on = threading.Event()
+    held = node.worker.ask(lambda: go_on.wait(20))
     answer = client.call(Trigger, 'cmanp/reset', Trigger.Request())
     assert not answer.success and 'overloaded' in answer.message
+    go_on.set()
     held.result()
     assert node.worker.ask(lambda: node.field.num_observations).result() == 53
 

@@ -306,7 +306,8 @@ def test_rate_of_messages_without_stamps_is_that_of_their_arrival(start_node, cl
     for seed in range(4):
         points.publish(cloud(scattered(5, seed), sec=0))
         wait_for(lambda seed=seed: counts(node)[1].folded == seed + 1)
-        time.sleep(0.06)
+        folded_at = time.monotonic()
+        wait_for(lambda folded_at=folded_at: time.monotonic() > folded_at + 0.06)
 
 
 def test_what_was_sent_while_the_node_was_not_active_is_not_lost(start_node, client):

@@ -436,6 +436,8 @@ def test_settings_that_are_not_looked_at_are_those_far_below_the_best(
 
     eliminate = least_squares.eliminate
     monkeypatch.setattr(least_squares, 'eliminate', counted)
+    # Each alone: with some processors the last bit depends on what is solved beside it.
+    monkeypatch.setattr(least_squares, 'MATRICES_AT_ONCE', 1)
     found = least_squares.log_evidence(
         config, least_squares.evidence(config, variances, folded), scale
     )
@@ -448,7 +450,7 @@ def test_settings_that_are_not_looked_at_are_those_far_below_the_best(
     least = every.amax(1, keepdim=True) - 15.0
     is_likely = every > least
     assert is_likely.sum() > 1.5 * 6 * dim_y
-    torch.testing.assert_close(found[is_likely], every[is_likely], rtol=1e-11, atol=0)
+    torch.testing.assert_close(found[is_likely], every[is_likely], rtol=0, atol=0)
     assert (found <= least + 1e-9)[~is_likely].all()
 
 

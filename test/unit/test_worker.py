@@ -206,6 +206,7 @@ def test_fault_of_long_work_is_that_of_who_asked(worker, said):
 def test_who_asks_after_the_end_is_told_at_once(worker, said):
     worker.stop()
     assert worker.ask(lambda: said.append('too late')).cancelled() and not said
+    assert worker.work(iter([said.append])).cancelled() and not said
 
 
 def test_stop_cancels_what_waits(worker, said):
