@@ -7,6 +7,7 @@ The only object that the node holds; usable without ROS.
 import json
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
+from numbers import Integral
 from uuid import uuid4
 
 import numpy as np
@@ -30,7 +31,7 @@ REFRESHED_AT_ONCE = 8  # tiles: some 20 ms
 REFRESHED_ELSEWHERE = 32  # tiles: nobody waits for them
 TILES_PER_SIDE = 10  # of the finest, along the longest side of the bounds
 LARGEST_COUNT = 2**53  # of observations: beyond it a float64 does not count
-LARGEST_VALUE = 1e6  # [value_scale] a value further from value_offset is a fault of its source
+LARGEST_VALUE = 1e5  # [value_scale] from value_offset: beyond it float64 rounds relief away
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,8 @@ class NeuralField:
         """
         if len(x) <= size:
             return [np.arange(len(x))] if len(x) else []
-        order = self.geometry.order(torch.as_tensor(np.asarray(x, np.float64))).numpy()
+        order = self.geometry.order(self._tensor(_as_matrix(x, self.geometry.dim_x, 'x'))).cpu()
+        order = order.numpy()
         return np.split(order, range(size, len(order), size))
 
     def observe(self, x, y) -> Observed:
@@ -256,7 +258,7 @@ class NeuralField:
     def _observations(self, x, y):
         """Return x (n, dim_x) and y (n, dim_y) as float64."""
         config = self.model.config
-        x, y = _as_matrix(x, config.dim_x, 'x'), np.asarray(y, np.float64)
+        x, y = _as_matrix(x, config.dim_x, 'x'), _as_floats(y, 'y')
         y = _as_matrix(y[:, None] if y.ndim == 1 else y, config.dim_y, 'y')
         if len(x) != len(y):
             raise InputError(f'x has {len(x)} rows and y has {len(y)}: expected as many')
@@ -302,9 +304,11 @@ class NeuralField:
         :raises CheckpointError: when the store cannot be written; nothing is changed then.
         """
         before = self.num_observations
-        seconds = self.world.undo(seconds, now)
-        self._version += seconds > 0
-        return before - self.num_observations, seconds
+        went_back = self.world.undo(seconds, now)
+        if went_back is None:
+            return 0, 0.0
+        self._version += 1
+        return before - self.num_observations, went_back
 
     def forget(self, dt_sec: float):
         """
@@ -373,7 +377,7 @@ class NeuralField:
         """
         Write the map to a .safetensors file; it appears whole or not at all.
 
-        :param extra: provenance, such as the frame and the stamp.
+        :param extra: provenance, such as the frame and the stamp: plain values.
         """
         files.save_map(path, *self.exported(**extra))
 
@@ -386,7 +390,8 @@ class NeuralField:
         with torch.inference_mode():
             keys, state = self.world.export()
         more = {name: getattr(self, name) for name in ('num_observations', 'robots')}
-        return keys, state, self._identity() | more | {'extra': extra}
+        more |= {'extra': json.loads(json.dumps(extra, default=_plain))}
+        return keys, state, self._identity() | more
 
     def read(self, data: bytes, source='the map') -> tuple['NeuralField', dict]:
         """
@@ -482,14 +487,15 @@ class NeuralField:
         """
         Tell where something was observed: where one of the finest tiles holds data, (n,) bool.
 
-        :param x: (n, dim_x) [m], finite.
+        :param x: (n, dim_x) [m]; not where it is outside the workspace.
         """
-        x = self._tensor(_as_matrix(x, self.model.config.dim_x, 'x'))
-        cover = self.geometry.answering(x, 0)
+        x = _as_matrix(x, self.model.config.dim_x, 'x')
+        inside = np.flatnonzero(self.status(x) == OK)
+        cover = self.geometry.answering(self._tensor(x[inside]), 0)
         keys, tile = cover.key.cpu().unique(dim=0, return_inverse=True)
-        holds_data = torch.tensor([key in self.world.tiles for key in keys_of(keys)])
+        holds_data = np.array([key in self.world.tiles for key in keys_of(keys)], bool)
         known = np.zeros(len(x), bool)
-        known[cover.index.cpu()[holds_data[tile]].numpy()] = True
+        known[inside[cover.index.cpu().numpy()[holds_data[tile.numpy()]]]] = True
         return known
 
     def tiles_in_memory(self, level=0) -> np.ndarray:
@@ -593,6 +599,7 @@ class NeuralField:
         Predict, with the covariance over all targets: that of the fields of `sample`, and noise.
 
         :return: mean, stddev (n, dim_y), covariance (dim_y, n, n) [field units squared].
+        :raises ConfigError: when the tiles of all targets do not fit in memory together.
         """
         x = _as_matrix(x, self.model.config.dim_x, 'x')
         inside = np.flatnonzero(self.status(x) == OK)
@@ -614,10 +621,14 @@ class NeuralField:
         Draw whole fields, without observation noise, and evaluate them at targets.
 
         :param seed: one seed is one set of fields, wherever they are evaluated inside the
-            workspace. Outside, targets are drawn independently from the prior.
+            workspace. Outside, targets are drawn independently from the prior. At least 0.
         :return: (num_samples, n, dim_y) [field units].
-        :raises InputError: for a model without the least-squares memory.
+        :raises InputError: for a model without the least-squares memory, or a number that is not
+            whole or below 0.
         """
+        for name, value in (('num_samples', num_samples), ('seed', 0 if seed is None else seed)):
+            if not isinstance(value, Integral) or value < 0:
+                raise InputError(f'{name} is {value!r}, expected a whole number of at least 0')
         if self.model.config.least_squares is None:
             raise InputError('this model has no least-squares memory, so no fields to sample')
         x = _as_matrix(x, self.model.config.dim_x, 'x')
@@ -661,11 +672,29 @@ def _load_model(checkpoint, device):
     return files.load_model('field' if checkpoint is None else checkpoint, device)
 
 
+def _as_floats(value, name):
+    """Return numbers as torch takes them; what is masked out is NaN."""
+    try:
+        if isinstance(value, np.ma.MaskedArray):
+            value = value.astype(np.float64).filled(np.nan)
+        value = np.asarray(value, np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f'{name} cannot be read as numbers ({error})') from error
+    return np.require(value, requirements='CW')
+
+
 def _as_matrix(value, columns, name):
-    value = np.asarray(value, np.float64)
+    value = _as_floats(value, name)
     if value.ndim != 2 or value.shape[1] != columns:
         raise InputError(f'{name} has shape {value.shape}, expected (n, {columns})')
     return value
+
+
+def _plain(value):
+    """Return a number of numpy as JSON takes it."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise InputError(f'{value!r} cannot be saved: expected text, numbers, or lists of them')
 
 
 def _numpy(tensor):

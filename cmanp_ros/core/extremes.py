@@ -2,7 +2,8 @@
 Extremes: the highest and the lowest observation of each voxel, as they are.
 
 Sums alone cannot tell a blunder from noise; blunders are among these. Which observations are kept
-does not depend on order or batches.
+does not depend on order or batches. What fades gives way to newer ones, bit by bit: it counts as
+less far out by the logarithm of its weight, which keeps its order among others that fade with it.
 """
 
 from typing import NamedTuple
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from cmanp_ros.core.config import LeastSquaresConfig
+
+FADES = 1.0  # [model units] by which an observation counts as less far out at 1 / e of its weight
 
 
 class Candidates(NamedTuple):
@@ -73,8 +76,8 @@ def _scores(rows, dim_x):
     """
     Return by what observations (..., columns) are compared in each slot, (..., slots).
     """
-    y = rows[..., dim_x:-1]
-    return torch.stack([y, -y], -1).flatten(-2)
+    y, fresh = rows[..., dim_x:-1], FADES * rows[..., -1:].log()
+    return torch.stack([y + fresh, fresh - y], -1).flatten(-2)
 
 
 def _largest(place, score, size):

@@ -54,7 +54,8 @@ class Regression(NamedTuple):
     summary: Tensor
     """(batch, dim_y, num_summaries): posterior of the hyperparameters, see `posterior`."""
     num_far_off: Tensor
-    """(batch,): observations that were left out, see `outliers`; each counts in one tile."""
+    """(batch,): observations that were left out, see `outliers`, less what was forgotten; each
+    counts in one tile."""
     covariance: Tensor | None
     """(batch, dim_y, num_functions, num_functions); None where only marginals are asked for."""
 
@@ -648,8 +649,9 @@ def _honest_sums(config, a):
     """
     Return gram, moment, sum of squares and count of the points that count as independent.
 
-    Values are taken relative to their mean: an offset of the field costs nothing, however far it
-    is beyond the relief. The mean of what is forgotten goes back to 0, after 20 to 30 half-lives.
+    Values are taken relative to their mean: an offset of the field costs nothing, up to some 1e4
+    times the relief, beyond which rounding shows. The mean of what is forgotten goes back to 0,
+    after 20 to 30 half-lives.
 
     :return: these, the mean (batch, dim_y), and the share of the points that counts (batch,).
     """

@@ -425,6 +425,7 @@ def num_context(config: CMANPConfig) -> int:
 
 LEAST_STDDEV = 0.65  # of the regression's: a reading far off must not be a catastrophe
 OWN_LOG_ODDS = -2.0  # of an untrained decoder's own answer where both are as precise
+OWN_FARTHEST = 30.0  # [model units] from 0, beyond which it has nothing to say
 SEEN_WELL = 0.5  # share of a tile: more than one pass of a track, less than scattered readings
 STEEP = 1.6  # amplitude over that of the coarsest tiles above
 SEEN_ALL_OVER, SCATTERED = 0.75, 0.9  # shares of a tile, and of its readings that count
@@ -465,7 +466,8 @@ def _mixed_with(answer, stddev, mean, log_stddev, log_odds):
     """
     own_stddev = (_bounded(log_stddev, 5.0).exp().square() + (LEAST_STDDEV * stddev) ** 2).sqrt()
     precision = 2 * (answer.stddev / own_stddev).log()
-    own = torch.sigmoid(_bounded(log_odds, 8.0) + OWN_LOG_ODDS + precision)
+    too_far = (answer.mean.abs() - OWN_FARTHEST).clamp(min=0)  # no training had such values
+    own = torch.sigmoid(_bounded(log_odds, 8.0) + OWN_LOG_ODDS + precision - too_far)
     mixed = answer.mean + own * (mean - answer.mean)
     variance = (1 - own) * (answer.stddev.square() + (answer.mean - mixed).square())
     variance = variance + own * (own_stddev.square() + (mean - mixed).square())

@@ -21,11 +21,18 @@ class Normalization:
     """[field units] a typical deviation from it."""
 
     def __post_init__(self):
-        if not (np.isfinite(self.value_offset) and 0 < self.value_scale < np.inf):
+        given = self.value_offset, self.value_scale
+        try:
+            offset, scale = map(float, given)
+        except (TypeError, ValueError):
+            offset = scale = np.nan
+        if not (np.isfinite(offset) and 0 < scale < np.inf):
             raise ConfigError(
-                f'value_offset {self.value_offset} and value_scale {self.value_scale}: expected '
-                'a finite number and a positive one [field units]'
+                f'value_offset {given[0]} and value_scale {given[1]}: expected a finite number '
+                'and a positive one [field units]'
             )
+        object.__setattr__(self, 'value_offset', offset)
+        object.__setattr__(self, 'value_scale', scale)
 
     def value_to_model(self, y: np.ndarray) -> np.ndarray:
         """

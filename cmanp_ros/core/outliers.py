@@ -96,8 +96,8 @@ def _leave_out(config, variances, a, scale, nearest, found):
     is_settled = (readings.weight * (chance - SETTLED * before)).sum(1) < 0
     explains = (now.noise_variance < UNEXPLAINED * noise).any(1) & is_settled
     is_own = ((readings.x >= -nearest) & (readings.x < nearest)).all(-1)
-    is_far_off = (chance > COUNTED) & (readings.weight > 0) & is_own
-    now = now._replace(num_far_off=is_far_off.sum(1).to(noise))
+    is_far_off = (chance > COUNTED) & is_own
+    now = now._replace(num_far_off=(is_far_off * readings.weight).sum(1))
     whole = least_squares.posterior(config, variances, everything, scale, weight)
     for all_tiles, part in zip(found, _mixed(config, now, whole), strict=True):
         all_tiles[tiles[explains]] = part[explains]

@@ -9,6 +9,7 @@ back.
 import math
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from numbers import Integral
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -153,8 +154,8 @@ class Tiles:
         :param max_tiles: in memory.
         :param undo_window_sec: [s] how far `undo` reaches; None: nothing is kept for it.
         """
-        if max_tiles < 1:
-            raise ConfigError(f'max_tiles is {max_tiles}, expected at least 1')
+        if not isinstance(max_tiles, Integral) or max_tiles < 1:
+            raise ConfigError(f'max_tiles is {max_tiles}, expected at least 1, and whole')
         self._model, self.max_tiles, self.store = model, max_tiles, store
         self.history = None if undo_window_sec is None else History(undo_window_sec, max_tiles)
         self.clear()
@@ -363,14 +364,14 @@ class Tiles:
         if self.store is None:
             self._restore(contents)
 
-    def undo(self, seconds: float, now: float) -> float:
+    def undo(self, seconds: float, now: float) -> float | None:
         """
         Take back what `change` did, to the bit; what was forgotten by passing time stays so.
 
         :param seconds: [s] how far to go back: to the newest mark that is so old, or else to the
             oldest that is kept.
         :param now: [s] on the clock of the marks.
-        :return: [s] how far it went; 0 when no mark is kept.
+        :return: [s] how far it went; None when no mark is kept.
         :raises InputError: for a time that is not positive, or without a history.
         """
         if self.history is None:
@@ -379,7 +380,7 @@ class Tiles:
             raise InputError(f'undo {seconds} s: expected a positive time')
         mark = self.history.find(now - seconds)
         if mark is None:
-            return 0.0
+            return None
         totals = mark.totals | {'log_fading': self.totals['log_fading']}
         before = {key: content for key, content in mark.before.items() if content is not None}
         if self.store is not None:

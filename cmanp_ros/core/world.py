@@ -138,7 +138,7 @@ class World:
     @property
     def num_far_off(self) -> int:
         """
-        Observations that are left out of predictions, see `outliers`.
+        Observations that are left out of predictions, see `outliers`, less what was forgotten.
 
         Of the level of tiles that finds most, and of the tiles that were solved.
         """
@@ -149,7 +149,8 @@ class World:
         place = Regression._fields.index('num_far_off')
         (number,) = self._regression.get(torch.tensor(rows), slice(place, place + 1))
         level = torch.tensor([key[0] for key in keys])
-        return int(number.new_zeros(self.geometry.num_levels).index_add_(0, level, number).max())
+        of_level = number.new_zeros(self.geometry.num_levels).index_add_(0, level, number)
+        return round(of_level.max().item())
 
     # Observations --------------------------------------------------------------------------------
 
@@ -230,7 +231,7 @@ class World:
         self.tiles.totals['num_observations'] = count
         self.forget_solved()
 
-    def undo(self, seconds: float, now: float) -> float:
+    def undo(self, seconds: float, now: float) -> float | None:
         """Take back the last seconds: see `Tiles.undo`."""
         self.forget_solved()
         return self.tiles.undo(seconds, now)

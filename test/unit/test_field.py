@@ -6,7 +6,7 @@ import torch
 from small_models import assert_states_close
 
 from cmanp_ros.checkpoint import save_model
-from cmanp_ros.core import CMANP, CMANPConfig, LeastSquaresConfig
+from cmanp_ros.core import CMANP, CMANPConfig, LeastSquaresConfig, Normalization
 from cmanp_ros.core.errors import CheckpointError, ConfigError, InputError, StateMismatchError
 from cmanp_ros.field import NOT_FINITE, OK, OUTSIDE, NeuralField
 
@@ -115,6 +115,74 @@ def test_points_that_cannot_be_used_are_counted_and_left_out(load_one_tile):
     assert observed.folded == field.num_observations == 31
     assert observed.rejected == {'not_finite': 3, 'outside_workspace': 2, 'value_out_of_range': 1}
     np.testing.assert_array_equal(field.predict(x)[0], clean.predict(x)[0])
+
+
+@pytest.mark.parametrize('kind', [np.float32, np.float64, int, np.int64])
+def test_units_of_any_kind_of_number_can_be_saved(checkpoint, tmp_path, kind):
+    field = NeuralField.load(checkpoint, BOUNDS, value_offset=kind(300), value_scale=kind(20))
+    field.save(tmp_path / 'map.safetensors', stamp=np.int64(3))
+    assert NeuralField.restore(tmp_path / 'map.safetensors', checkpoint).normalization == (
+        Normalization(300.0, 20.0)
+    )
+    with pytest.raises(InputError, match='cannot be saved: expected text, numbers'):
+        field.save(tmp_path / 'map.safetensors', stamp=object())
+
+
+def test_arrays_of_all_kinds_are_read_as_they_are(load_tiles):
+    x, y = observations(31)
+    mirrored, read_only = x[::-1], x.copy()
+    read_only.setflags(write=False)
+    expected, field = load_tiles(), load_tiles()
+    expected.observe(x, y)
+    field.observe(mirrored, y[::-1])
+    assert_same_prediction(field.predict(mirrored), [p[::-1] for p in expected.predict(x)])
+    assert_same_prediction(field.predict(read_only), expected.predict(x))
+    assert len(field.in_chunks(mirrored, 10)) == 4
+    for given in ('a', [[1.0, 2.0], [3.0]], torch.ones(3, 2, requires_grad=True)):
+        with pytest.raises(InputError, match='x cannot be read as numbers'):
+            field.predict(given)
+
+
+def test_what_is_masked_out_is_not_folded(load_tiles):
+    x, y = observations(31)
+    expected, field = load_tiles(), load_tiles()
+    expected.observe(x[y > 300], y[y > 300])
+    observed = field.observe(x, np.ma.masked_where(y <= 300, np.where(y > 300, y, -9999.0)))
+    assert observed.rejected == {'not_finite': int((y <= 300).sum())}
+    assert_same_prediction(field.predict(x), expected.predict(x))
+
+
+def test_an_offset_far_beyond_the_relief_costs_nothing():
+    rng = np.random.default_rng(0)
+    x, found = rng.uniform(*BOUNDS, (300, 2)), []
+    y = 20 * np.sin(x[:, 0] / 7) + 0.2 * rng.standard_normal(300)
+    for offset in (0.0, 1e3, 1e4, 2e5):  # up to 10,000 value_scale
+        field = NeuralField.load(bounds=BOUNDS, value_scale=20.0)
+        field.observe(x, y + offset)
+        mean, stddev = field.predict(x[:50] + 1.0)
+        found.append((mean[:, 0] - offset, stddev[:, 0]))
+    for mean, stddev in found[1:]:
+        np.testing.assert_allclose(mean, found[0][0], atol=0.1)
+        assert 0.9 < stddev.mean() / found[0][1].mean() < 1.1
+
+
+def test_nothing_is_known_where_nothing_can_be_observed(load):
+    field = load()
+    assert field.is_known(np.zeros((0, 2))).shape == (0,)
+    x, y = observations(31)
+    field.observe(x, y)
+    assert field.is_known(x).all()
+    nowhere = np.array([[np.nan, 0.0], [1e30, 0.0]])
+    assert not field.is_known(nowhere).any()
+    outside = field.status([[900.0, 0.0]]) == OUTSIDE
+    assert not (field.is_known([[900.0, 0.0]]) & outside).any()
+
+
+@pytest.mark.parametrize('given', [{'num_samples': -1}, {'num_samples': 1.5}, {'seed': -1}])
+def test_samples_that_cannot_be_drawn_are_refused(load_tiles, given):
+    name = next(iter(given))
+    with pytest.raises(InputError, match=f'{name} is .*, expected a whole number of at least 0'):
+        load_tiles().sample(np.zeros((1, 2)), **{'num_samples': 2} | given)
 
 
 def test_with_tiles_only_what_no_robot_can_reach_is_outside(load_tiles):

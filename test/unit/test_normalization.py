@@ -169,7 +169,10 @@ def test_bounds_that_cannot_be_used_are_refused(lower, upper, message):
 
 @pytest.mark.parametrize(
     ('offset', 'scale'),
-    [(0.0, 0.0), (0.0, -1.0), (0.0, np.inf), (0.0, np.nan), (np.nan, 1.0), (np.inf, 1.0)],
+    [
+        *[(0.0, scale) for scale in (0.0, -1.0, np.inf, np.nan, None, 'x')],
+        *[(offset, 1.0) for offset in (np.nan, np.inf, None)],
+    ],
 )
 def test_units_that_cannot_be_used_are_refused(offset, scale):
     with pytest.raises(ConfigError) as error:

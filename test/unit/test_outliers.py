@@ -117,6 +117,49 @@ def test_what_is_forgotten_counts_less_and_a_fresh_copy_in_full():
         assert torch.equal(state.voxel_extremes, once.voxel_extremes)
 
 
+def test_what_fades_gives_way_to_newer_readings_in_any_order():
+    config, (x, y) = config_of(), observations()
+    far_out, newer = (least_squares.sums(config, x, y + offset) for offset in (6.0, 0.0))
+
+    def fade(a, times):
+        for _ in range(times):
+            a = least_squares.forget(a, 0.5)
+        return a
+
+    soon = least_squares.merge(fade(far_out, 2), newer)
+    late = least_squares.merge(fade(far_out, 20), newer)
+    highest = soon.voxel_extremes[:, :, 0, 2]
+    there = highest > 0
+    assert torch.equal(highest[there], far_out.voxel_extremes[:, :, 0, 2][there])
+    assert torch.equal(late.voxel_extremes, newer.voxel_extremes)
+    merged_then_faded = fade(least_squares.merge(fade(far_out, 7), newer), 5)
+    faded_then_merged = least_squares.merge(fade(newer, 5), fade(far_out, 12))
+    assert torch.equal(merged_then_faded.voxel_extremes, faded_then_merged.voxel_extremes)
+
+
+def test_in_a_map_that_faded_blunders_are_found_as_in_a_new_one():
+    sizes = {'num_latents': 4, 'num_latents_per_block': 4, 'dim_model': 16, 'num_blocks': 1}
+    model = CMANP(CMANPConfig.field(2, 1, **sizes)).eval()
+
+    def field_of():
+        return NeuralField(model, Lattice.of(model.config, 5.0), Normalization(), 10.0)
+
+    rng, fields = np.random.default_rng(5), (field_of(), field_of())
+    x = rng.uniform(0, 30, (1500, 2))
+    y = np.sin(x[:, 0] / 8) + 0.02 * rng.standard_normal(len(x))
+    fields[1].observe(x, y + 6.0)  # the field was another one, long ago
+    fields[1].forget(300.0)
+    y = y + 4.0 * (rng.random(len(x)) < 0.05)
+    targets, found = rng.uniform(3, 27, (300, 2)), []
+    for field in fields:
+        field.observe(x, y)
+        found.append((*field.predict(targets), field.num_far_off))
+    assert found[0][2] > 50
+    assert found[1][2] == found[0][2]
+    np.testing.assert_allclose(found[1][0], found[0][0], atol=1e-3)
+    np.testing.assert_allclose(found[1][1], found[0][1], rtol=1e-2)
+
+
 def test_each_observation_is_a_candidate_once():
     x, y = torch.tensor([[[0.1, 0.1], [0.2, 0.1], [-1.9, 1.9]]]), torch.tensor([[[1.0], [2], [3]]])
     kept = least_squares.sums(config_of(), x.double(), y.double()).voxel_extremes

@@ -170,6 +170,15 @@ def test_an_undo_that_cannot_be_written_changes_nothing(tmp_path, monkeypatch):
     assert_same_bits(content(field), seen[3])
 
 
+def test_an_undo_at_the_moment_of_its_mark_changes_the_map():
+    field = field_of()
+    field.mark(10.0)
+    field.observe(*walk(0))
+    version = field.version
+    assert field.undo(5.0, now=10.0) == (13, 0.0)
+    assert field.version != version
+
+
 def test_before_the_first_mark_nothing_is_taken_back():
     field = field_of()
     field.observe(*walk(0))
