@@ -200,11 +200,13 @@ class Control:
         """
 
         def counted():
-            result, own = work(), self._node.fleet.own
-            if hasattr(response, 'num_tiles'):
-                response.num_observations = own.num_observations
-                response.num_tiles = own.num_tiles
-            return result
+            try:
+                return work()
+            finally:
+                own = self._node.fleet.own
+                if hasattr(response, 'num_tiles'):
+                    response.num_observations = own.num_observations
+                    response.num_tiles = own.num_tiles
 
         future = self._node.worker.ask(counted)
         try:

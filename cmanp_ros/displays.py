@@ -57,7 +57,7 @@ class Displays:
     def _on_costmap(self, message):
         """Keep the newest costmap, if it can be used."""
         p, info = self._node.parameters, message.info
-        if message.header.frame_id.strip('/') != p.map_frame.strip('/'):
+        if message.header.frame_id.strip('/') != p.map_frame:
             text = f"is in frame '{message.header.frame_id}', expected map_frame '{p.map_frame}'"
         elif len(message.data) != info.width * info.height or not info.resolution > 0:
             text = (

@@ -40,6 +40,8 @@ class Received(NamedTuple):
 class _Peer(NamedTuple):
     sequence: int
     field: NeuralField
+    older: int | None = None
+    """Sequence of an older map that came since."""
 
 
 class Fleet:
@@ -165,7 +167,9 @@ class Fleet:
                 '(restore, store)',
             )
         older = self._peers.get(robot)
-        if older is not None and sequence <= older.sequence:
+        if older is not None and not self._is_newer(older, sequence):
+            if sequence < older.sequence:
+                self._peers = self._peers | {robot: older._replace(older=sequence)}
             return Received(
                 'old', f'map {sequence} of robot {robot!r}: {older.sequence} is here already'
             )
@@ -184,6 +188,17 @@ class Fleet:
             self._renew(combined, changed)
             self._combined = combined
         return Received(None, f'map {sequence} of robot {robot!r}: {maps.summary(field)}')
+
+    @staticmethod
+    def _is_newer(older, sequence):
+        """
+        Tell whether a map replaces an older one of the robot.
+
+        So it does with a smaller sequence that grows again: the robot started anew, and its clock
+        was set back (some have none that runs while they are off).
+        """
+        grows_again = older.older is not None and older.older < sequence < older.sequence
+        return sequence > older.sequence or grows_again
 
     def _refusal(self, robot, field):
         """Return why a map that was verified cannot be taken; None if it can."""

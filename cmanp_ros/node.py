@@ -11,6 +11,7 @@ The ROS 2 node: wiring only.
 
 import contextlib
 import functools
+import shlex
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ from rclpy.duration import Duration
 from rclpy.exceptions import InvalidHandle
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
+from rclpy.utilities import remove_ros_args
 from std_msgs.msg import Header
 
 from cmanp_ros import conversions, parameters
@@ -342,6 +344,9 @@ def _made(arguments):
     :raises ConfigError: for arguments or files of parameters that ROS cannot read, too.
     """
     try:
+        _, *others = remove_ros_args(arguments)
+        if others:  # ROS would pass over them
+            raise ConfigError(f'{shlex.join(others)}: expected it after --ros-args')
         rclpy.init(args=arguments)
         return CMANPNode()
     except RuntimeError as error:  # all that rclpy says of them, in classes of its own

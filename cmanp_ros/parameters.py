@@ -304,11 +304,14 @@ class NodeParameters:
         1.0, 'How often the status is published; 0: never.', 'Hz', 0.0, 100.0
     )
     mean_range: tuple[float, ...] = _parameter(
-        (-2.0, 2.0), 'Means that ~/mean shows as 0 and as 100.', 'field units', read_only=False
+        (),
+        'Means that ~/mean shows as 0 and as 100; empty: value_offset +- 2 value_scale.',
+        'field units',
+        read_only=False,
     )
     stddev_range: tuple[float, ...] = _parameter(
-        (0.0, 1.0),
-        'Standard deviations that ~/stddev shows as 0 and as 100.',
+        (),
+        'Standard deviations that ~/stddev shows as 0 and as 100; empty: 0 and value_scale.',
         'field units',
         read_only=False,
     )
@@ -386,7 +389,7 @@ class NodeParameters:
 
     def __post_init__(self) -> None:
         """
-        Convert integers to the doubles they stand for, and validate.
+        Convert integers to the doubles they stand for, fill in what is empty, and validate.
 
         `source_parameters` is put in the order of `sources`; sources not in it have defaults.
         """
@@ -394,6 +397,14 @@ class NodeParameters:
             object.__setattr__(self, spec.name, spec.checked(getattr(self, spec.name)))
         for name in ('checkpoint', 'store', 'state_directory'):
             object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
+        frame = self.map_frame.strip('/') or self.map_frame  # tf2 refuses a slash in front
+        object.__setattr__(self, 'map_frame', frame)
+        offset, scale = self.value_offset, self.value_scale
+        for name, limits in (
+            ('mean_range', (offset - 2 * scale, offset + 2 * scale)),
+            ('stddev_range', (0.0, scale)),
+        ):
+            object.__setattr__(self, name, getattr(self, name) or limits)
         given = {source.name: source for source in self.source_parameters}
         in_order = tuple(given.get(name) or SourceParameters(name) for name in self.sources)
         object.__setattr__(self, 'source_parameters', in_order)
@@ -456,7 +467,7 @@ class ParameterSpec:
         if self.kind == 'double[]' and is_list:
             if all(_is_number(item, numbers.Real) and self._in_range(item) for item in value):
                 return tuple(float(item) for item in value)
-        if self.kind == 'string[]' and value is None:
+        if value is None and self.kind.endswith('[]'):
             return ()  # rcl reads the list [] as a parameter that is not set
         if self.kind == 'string[]' and is_list:
             if all(isinstance(item, str) and item.strip() for item in value):

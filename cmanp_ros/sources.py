@@ -80,7 +80,7 @@ class Reader:
         :return: locations in the frame of the message, and values in field units.
         :raises MessageError: the message cannot be used; its reason counts it.
         """
-        in_map = message.header.frame_id.strip('/') == self.map_frame.strip('/')
+        in_map = message.header.frame_id.strip('/') == self.map_frame
         x, y, rejected = self.points(message, self.dim_x if in_map else 3)
         if y.shape[1] != self.dim_y:
             raise MessageError(

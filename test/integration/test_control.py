@@ -448,6 +448,23 @@ def test_loading_what_was_saved_ends_the_fault_of_saving(
     assert node.control.directory.names() == ['autosave'], 'it is the same map'
 
 
+def test_refused_requests_say_what_the_map_holds_all_the_same(start_node, client, tmp_path):
+    node = start_node(state_directory=str(tmp_path))
+    publish(client, node, cloud(scattered(53)))
+    for name, asked in (
+        ('load_state', LoadState.Request(name='none')),
+        ('merge_state', MergeState.Request(name='none')),
+        ('undo', Undo.Request(seconds=3.0)),
+    ):
+        service = {'load_state': LoadState, 'merge_state': MergeState, 'undo': Undo}[name]
+        answer = client.call(service, f'cmanp/{name}', asked)
+        assert not answer.success
+        assert (answer.num_observations, answer.num_tiles) == (
+            node.field.num_observations,
+            node.field.num_tiles,
+        )
+
+
 def test_undo_beyond_a_reset_is_refused_and_says_why(start_node, client):
     node = start_node(undo_window=16.0)
     publish(client, node, cloud(scattered(53)))

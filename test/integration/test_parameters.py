@@ -46,8 +46,9 @@ def complaint(**values):
 def test_no_values_give_the_defaults():
     parameters = parameters_from({})
     assert parameters == NodeParameters()
+    filled_in = {'mean_range': (-2.0, 2.0), 'stddev_range': (0.0, 1.0)}
     assert {name: getattr(parameters, name) for name in SPECS} == {
-        spec.name: spec.default for spec in TABLE
+        spec.name: filled_in.get(spec.name, spec.default) for spec in TABLE
     }
 
 
@@ -299,6 +300,19 @@ def test_change_is_refused_as_a_whole(values, text):
     assert text in str(caught.value)
 
 
+def test_ranges_of_the_grids_are_those_of_the_field_unless_given():
+    field = {'value_offset': 12.0, 'value_scale': 3.0}
+    parameters = parameters_from(field | {'mean_range': None})  # as rcl reads []
+    assert (parameters.mean_range, parameters.stddev_range) == ((6.0, 18.0), (0.0, 3.0))
+    given = changed(parameters, {'stddev_range': [0.0, 1.0]})
+    assert (given.mean_range, given.stddev_range) == ((6.0, 18.0), (0.0, 1.0))
+    assert changed(given, {'stddev_range': []}) == parameters
+
+
+def test_frames_have_no_slash_in_front_as_tf2_wants_them():
+    assert parameters_from({'map_frame': '/map'}).map_frame == 'map'
+
+
 def test_every_parameter_that_is_not_read_only_can_be_changed():
     for name, spec in DECLARED.items():
         if not spec.read_only:
@@ -493,6 +507,15 @@ def test_file_that_is_none_of_parameters_ends_the_node_with_a_line(tmp_path, tex
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     assert said in done.stderr.splitlines()[-1], done.stderr
+
+
+@pytest.mark.parametrize('arguments', [['-p', 'tile_size:=3.0'], ['foo', '--ros-args']])
+def test_arguments_that_ros_would_pass_over_end_the_node_with_a_line(arguments):
+    command = [sys.executable, '-m', 'cmanp_ros.cli', 'node', *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert f'{arguments[0]}' in done.stderr.splitlines()[-1], done.stderr
+    assert done.stderr.endswith('expected it after --ros-args\n')
 
 
 def test_help_of_the_node_starts_none():

@@ -110,6 +110,16 @@ def test_what_cannot_be_used_is_counted_once_and_folded_nowhere():
     assert (own.own.num_observations, own.combined.num_observations) == (14, 27)
 
 
+def test_a_robot_whose_clock_was_set_back_over_a_restart_is_heard_again():
+    own, left = fleet_of(0), fleet_of(1)
+    assert send(left, own, now=1000).reason is None
+    again = Fleet(left.own, 'map', now=10)  # no battery keeps its clock
+    again.observe(*walk(2))
+    assert [send(again, own).reason for _ in range(3)] == ['old', None, None]
+    assert_saw(own.combined, 0, 1, 2)
+    assert own.receive(left.own.robots[0], 5, b'').reason == 'old'
+
+
 def test_maps_that_arrive_twice_late_or_from_oneself_change_nothing():
     own, left = fleet_of(0), fleet_of(1)
     first = left.state(PROVENANCE, 7)
