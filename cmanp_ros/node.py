@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import rclpy
@@ -30,7 +31,7 @@ from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.utilities import remove_ros_args
 from std_msgs.msg import Header
 
-from cmanp_ros import conversions, parameters
+from cmanp_ros import conversions, parameter_file, parameters
 from cmanp_ros.answers import Answers
 from cmanp_ros.control import Control
 from cmanp_ros.core.errors import CMANPError, ConfigError
@@ -348,9 +349,17 @@ def _made(arguments):
         if others:  # ROS would pass over them
             raise ConfigError(f'{shlex.join(others)}: expected it after --ros-args')
         rclpy.init(args=arguments)
-        return CMANPNode()
+        node = CMANPNode()
     except RuntimeError as error:  # all that rclpy says of them, in classes of its own
         raise ConfigError(conversions.one_line(str(error))) from error
+    name = node.get_fully_qualified_name()
+    for option, file in pairwise(sys.argv if arguments is None else arguments):
+        if option == '--params-file' and not parameter_file.is_for(file, name):
+            node.get_logger().warning(
+                f"nothing in '{file}' is for {name}: its parameters have their defaults; "
+                'what is for any namespace stands below /**:'
+            )
+    return node
 
 
 def main(arguments=None) -> int:

@@ -6,19 +6,15 @@ Launch the node cmanp, and RViz if asked for.
 An argument that is left empty leaves the matter to params_file.
 """
 
-import re
 from pathlib import Path
 
-import yaml
 from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
 from launch.conditions import IfCondition
-from launch.logging import get_logger
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import LifecycleNode, Node
 from launch_ros.parameter_descriptions import ParameterValue
 from launch_ros.substitutions import FindPackageShare
-from launch_ros.utilities import make_namespace_absolute, prefix_namespace
 
 NAME = 'cmanp'
 CONFIG = PathJoinSubstitution([FindPackageShare('cmanp_ros'), 'config'])
@@ -70,11 +66,7 @@ def _start(context):
     given = {**time, **switch('autostart')}
     if value('checkpoint'):
         given['checkpoint'] = ParameterValue(value('checkpoint'), value_type=str)
-    pushed = context.launch_configurations.get('ros_namespace')
-    full_name = prefix_namespace(
-        make_namespace_absolute(prefix_namespace(pushed, namespace)), NAME
-    )
-    file = _checked(value('params_file'), full_name)
+    file = _checked(value('params_file'))
     node = LifecycleNode(
         package='cmanp_ros',
         executable='cmanp_node',
@@ -99,39 +91,14 @@ def _start(context):
     return [node, rviz]
 
 
-def _checked(params_file, full_name):
+def _checked(params_file):
     """
-    Return the path of the parameter file, and warn if nothing in it is for the node.
+    Return the path of the parameter file.
 
     :raises RuntimeError: no such file; launch_ros would go on without it.
     """
-    file = Path(params_file)
-    if not file.is_file():
-        raise RuntimeError(f"params_file is '{file}', which is no file; expected a YAML file")
-    if not any(_applies(section, full_name) for section in _sections(_read(file))):
-        get_logger(NAME).warning(
-            f"nothing in '{file}' is for {full_name}: its parameters have their defaults; "
-            'what is for any namespace stands below /**:'
+    if not Path(params_file).is_file():
+        raise RuntimeError(
+            f"params_file is '{params_file}', which is no file; expected a YAML file"
         )
-    return str(file)
-
-
-def _read(file):
-    """Read a parameter file; what is no parameter file is left for the node to refuse."""
-    content = yaml.safe_load(file.read_text(encoding='utf-8'))
-    return content if isinstance(content, dict) else {}
-
-
-def _sections(tree, name=''):
-    """List the nodes, with wildcards, that a parameter file speaks of."""
-    for key, value in tree.items():
-        if key == 'ros__parameters':
-            yield name
-        elif isinstance(value, dict):
-            yield from _sections(value, f'{name}/{str(key).strip("/")}')
-
-
-def _applies(section, full_name):
-    """Tell whether a section is for a node, as rcl decides: * is one name, ** any number."""
-    pattern = re.escape(section).replace(r'/\*\*', '(/[^/]+)*').replace(r'\*', '[^/]+')
-    return re.fullmatch(pattern, full_name) is not None
+    return params_file

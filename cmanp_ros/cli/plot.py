@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from safetensors import safe_open
 
+from cmanp_ros import parameter_file
 from cmanp_ros.checkpoint import OtherWeightsError
 from cmanp_ros.cli import replay
 from cmanp_ros.cli.progress import progress_for
@@ -16,7 +17,7 @@ from cmanp_ros.field import NeuralField
 from cmanp_ros.optional import library
 from cmanp_ros.plots import geotiff, ply, raster
 from cmanp_ros.plots.watching import Watched
-from cmanp_ros.recordings import parameter_file, shards
+from cmanp_ros.recordings import shards
 from cmanp_ros.recordings.folding import Folding
 
 PICTURES, GEOTIFF, PLY = ('.png', '.pdf', '.svg'), ('.tif', '.tiff'), ('.ply',)

@@ -5,10 +5,10 @@ import signal
 import time
 from pathlib import Path
 
-from cmanp_ros import maps
+from cmanp_ros import maps, parameter_file
 from cmanp_ros.cli.progress import progress_for
 from cmanp_ros.core.errors import ConfigError, InputError
-from cmanp_ros.recordings import parameter_file, shards
+from cmanp_ros.recordings import shards
 from cmanp_ros.recordings.folding import Folding
 
 FAR = 3.0  # [value_scale] from value_offset: better units are proposed

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 import yaml
 
+from cmanp_ros import parameter_file
 from cmanp_ros.cli.progress import progress_for
 from cmanp_ros.cli.replay import add_source_options
 from cmanp_ros.core.errors import ConfigError
-from cmanp_ros.recordings import Recording, parameter_file
+from cmanp_ros.recordings import Recording
 from cmanp_ros.training import priors, recorded
 from cmanp_ros.training.loop import train
 from cmanp_ros.training.recipe import WorldPrior, load_recipe, shipped_recipes

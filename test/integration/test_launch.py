@@ -243,29 +243,6 @@ def test_file_with_nothing_for_the_node_is_a_warning(run, tmp_path):
     assert "no checkpoint 'nowhere'" in launched.output
 
 
-@pytest.mark.parametrize('section', ['/**', '/*/*', '/a/**', '/**/n', '/a/b/n', '/a/*/n'])
-@pytest.mark.parametrize('namespace', ['/', '/a', '/a/b'])
-def test_a_section_is_for_a_node_exactly_when_rcl_says_so(
-    cmanp, domain_id, tmp_path, section, namespace
-):
-    import rclpy
-
-    file = tmp_path / 'some.yaml'
-    file.write_text(yaml.safe_dump({section: {'ros__parameters': {'probe': 1}}}))
-    context = rclpy.Context()
-    arguments = ['--ros-args', '--params-file', str(file)]
-    rclpy.init(args=arguments, context=context, domain_id=domain_id)
-    try:
-        node = rclpy.create_node('n', namespace=namespace, context=context)
-        arrived = 'probe' in node._parameter_overrides
-        node.destroy_node()
-    finally:
-        rclpy.try_shutdown(context=context)
-    full_name = f'{namespace.rstrip("/")}/n'
-    (found,) = cmanp._sections(yaml.safe_load(file.read_text()))
-    assert cmanp._applies(found, full_name) == arrived
-
-
 def test_demo_has_the_defaults_of_the_command():
     from launch import LaunchContext
     from launch.launch_description_sources import get_launch_description_from_python_launch_file

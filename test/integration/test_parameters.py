@@ -15,6 +15,7 @@ from rclpy.context import Context
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
+from cmanp_ros import parameter_file
 from cmanp_ros.core.errors import ConfigError
 from cmanp_ros.parameters import (
     SOURCE_TABLE,
@@ -507,6 +508,31 @@ def test_file_that_is_none_of_parameters_ends_the_node_with_a_line(tmp_path, tex
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     assert said in done.stderr.splitlines()[-1], done.stderr
+
+
+@pytest.mark.parametrize('section', ['/**', '/*/*', '/a/**', '/**/n', '/a/b/n', '/a/*/n', 'n'])
+@pytest.mark.parametrize('namespace', ['/', '/a', '/a/b'])
+def test_a_section_is_for_a_node_exactly_when_rcl_says_so(tmp_path, section, namespace):
+    file = tmp_path / 'some.yaml'
+    file.write_text(yaml.safe_dump({section: {'ros__parameters': {'probe': 1}}}))
+    context = Context()
+    rclpy.init(args=['--ros-args', '--params-file', str(file)], context=context, domain_id=84)
+    try:
+        node = Node('n', namespace=namespace, context=context)
+        arrived = 'probe' in node._parameter_overrides
+        node.destroy_node()
+    finally:
+        rclpy.shutdown(context=context)
+    assert parameter_file.is_for(file, f'{namespace.rstrip("/")}/n') == arrived
+
+
+def test_file_with_nothing_for_the_node_is_a_warning(tmp_path):
+    file = tmp_path / 'mine.yaml'
+    file.write_text('cmanp_node:\n  ros__parameters:\n    grid_resolution: 0.25\n')
+    command = [sys.executable, '-m', 'cmanp_ros.cli', 'node', '--ros-args', '--params-file', file]
+    command += ['-r', '__ns:=/robot1', '-p', 'checkpoint:=nowhere']  # it ends by itself
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert f"nothing in '{file}' is for /robot1/cmanp: its parameters have" in done.stderr
 
 
 @pytest.mark.parametrize('arguments', [['-p', 'tile_size:=3.0'], ['foo', '--ros-args']])

@@ -14,11 +14,10 @@ import pytest
 import torch
 import yaml
 
-from cmanp_ros import cli
+from cmanp_ros import cli, parameter_file
 from cmanp_ros.checkpoint import load_model, save_model
 from cmanp_ros.cli import train
 from cmanp_ros.evaluation import tile_size
-from cmanp_ros.recordings import parameter_file
 from cmanp_ros.training import recorded
 from cmanp_ros.training.recipe import load_recipe
 

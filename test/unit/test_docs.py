@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cmanp_ros import __version__, cli
-from cmanp_ros.recordings import parameter_file
+from cmanp_ros import __version__, cli, parameter_file
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / 'docs'

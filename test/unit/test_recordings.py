@@ -10,9 +10,10 @@ import pytest
 from recording_files import GAUGE, cloud, header, make, temperature, transform, write_bag
 from scipy.spatial.transform import Rotation, Slerp
 
+from cmanp_ros import parameter_file
 from cmanp_ros.core.errors import CMANPError, ConfigError, InputError, TransformError
 from cmanp_ros.parameters import parameters_from
-from cmanp_ros.recordings import Recording, parameter_file
+from cmanp_ros.recordings import Recording
 from cmanp_ros.recordings.transform_tree import TransformTree
 
 STORAGES = ('mcap', 'sqlite3')

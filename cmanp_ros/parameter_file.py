@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,23 @@ def read(path: str | Path | None, settings: Sequence[str] = ()) -> NodeParameter
     return parameters_from(without_those_of_ros(values))
 
 
+def is_for(path: str | Path, full_name: str) -> bool:
+    """
+    Tell whether anything in a file is for a node, as rcl decides: * is one name, ** any number.
+
+    :param path: a parameter file of ROS 2.
+    :param full_name: of the node, with its namespace.
+    :raises ConfigError: no such file, or none that can be read.
+    """
+    patterns = (
+        re.escape(name.rstrip('/')).replace(r'/\*\*', '(/[^/]+)*').replace(r'\*', '[^/]+')
+        for name, _ in _nodes(_content(Path(path)))
+    )
+    return any(re.fullmatch(pattern, full_name) for pattern in patterns)
+
+
 def _of_file(path: Path) -> dict[str, Any]:
-    try:
-        content = _parsed(path.read_text(encoding='utf-8'), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f'{path}: {error}; expected a parameter file of ROS 2') from error
-    nodes = dict(_nodes(content))
+    nodes = dict(_nodes(_content(path)))
     ours = [name for name in nodes if name.split('/')[-1] in (NODE, '*', '**')]
     if not ours:
         raise ConfigError(
@@ -45,6 +57,13 @@ def _of_file(path: Path) -> dict[str, Any]:
             f"expected '/**:' or '{NODE}:', below it 'ros__parameters:' and below that the names"
         )
     return {name: value for node in ours for name, value in _flat(nodes[node])}
+
+
+def _content(path: Path) -> Any:
+    try:
+        return _parsed(path.read_text(encoding='utf-8'), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f'{path}: {error}; expected a parameter file of ROS 2') from error
 
 
 def _nodes(content: Any, name: str = '') -> Iterator[tuple[str, Mapping]]:
