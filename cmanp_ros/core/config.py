@@ -1,5 +1,6 @@
 """One frozen, validated description of a model; it travels inside the checkpoint."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from math import inf, isfinite
@@ -54,11 +55,10 @@ class LeastSquaresConfig:
     noise ratio and is not integrated out."""
 
     def __post_init__(self):
-        _require_counts(self)
+        _require_types(self)
         _require(self.box_half_width > 2, 'box_half_width', self.box_half_width, 'more than 2')
         for name in ('smoothnesses', 'coarse_smoothnesses', 'lengths', 'noise_ratios'):
-            values = tuple(float(value) for value in getattr(self, name))
-            object.__setattr__(self, name, values)
+            values = _numbers(self, name)
             is_grid = name in ('lengths', 'noise_ratios')
             positive = all(v > 0 and (isfinite(v) or not is_grid) for v in values)
             there = bool(values) or name == 'coarse_smoothnesses'
@@ -113,7 +113,7 @@ class AutoregressiveConfig:
     """Linear layers of the map to that factor."""
 
     def __post_init__(self):
-        _require_counts(self)
+        _require_types(self)
         _require(self.depth >= 2, 'depth', self.depth, 'at least 2')
 
 
@@ -153,7 +153,7 @@ class CMANPConfig:
     """How many times larger the tiles of each level are than those of the one before."""
 
     def __post_init__(self):
-        _require_counts(self)
+        _require_types(self)
         _require(
             self.dim_model % self.num_heads == 0,
             'dim_model',
@@ -167,8 +167,7 @@ class CMANPConfig:
                 self.dim_model,
                 f'a multiple of 2 * num_heads = {2 * self.num_heads}: cosines and sines',
             )
-        lengths = tuple(float(length) for length in self.location_lengths)
-        object.__setattr__(self, 'location_lengths', lengths)
+        lengths = _numbers(self, 'location_lengths')
         ordered = len(lengths) == 2 and 0 < lengths[0] < lengths[1] < inf
         _require(ordered, 'location_lengths', lengths, 'two positive numbers, the shorter first')
         _require(self.embedder_depth >= 2, 'embedder_depth', self.embedder_depth, 'at least 2')
@@ -178,6 +177,8 @@ class CMANPConfig:
                 'least_squares, autoregressive and num_global exclude each other: expected at '
                 'most one of them; least squares has a joint distribution of its own'
             )
+        few_axes = self.dim_x <= 3 or self.least_squares is None  # see `neighbourhood.NEAR_FINEST`
+        _require(few_axes, 'dim_x', self.dim_x, 'at most 3, or a model without least_squares')
         if self.own_answer and self.least_squares is None:
             raise ConfigError(
                 'own_answer is true without least_squares: expected both, or neither'
@@ -232,8 +233,9 @@ class CMANPConfig:
         values = dict(values)
         parts = {'least_squares': LeastSquaresConfig, 'autoregressive': AutoregressiveConfig}
         for name, part in parts.items():
-            if values.get(name) is not None:
-                values[name] = _checked(part, values[name])
+            if (given := values.get(name)) is not None:
+                _require(isinstance(given, dict), name, given, 'a mapping of options, or null')
+                values[name] = _checked(part, given)
         return _checked(cls, values)
 
 
@@ -249,14 +251,40 @@ def _checked(cls, values):
         raise ConfigError(f'{cls.__name__}: {error}') from error
 
 
-def _require_counts(config):
+def _require_types(config):
+    """
+    Refuse what is of another type than its field; text may be a number: YAML reads 1e9 as such.
+    """
     for field in fields(config):
-        if field.type in (int, 'int'):
-            value = getattr(config, field.name)
+        value = getattr(config, field.name)
+        if field.type is int:
             is_count = isinstance(value, int) and not isinstance(value, bool)
             least = 0 if field.default == 0 else 1
             expected = f'an integer of at least {least}'
             _require(is_count and value >= least, field.name, value, expected)
+        elif field.type is bool:
+            _require(isinstance(value, bool), field.name, value, 'true or false')
+        elif field.type in (float, float | None):
+            if isinstance(value, str):
+                with suppress(ValueError):
+                    value = float(value)
+                    object.__setattr__(config, field.name, value)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            is_none = value is None and field.default is None
+            _require(is_number or is_none, field.name, value, 'a number')
+
+
+def _numbers(config, name):
+    """
+    Return several numbers, which may be text, and keep them.
+    """
+    values = getattr(config, name)
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        raise ConfigError(f'{name} is {values!r}, expected numbers') from None
+    object.__setattr__(config, name, numbers)
+    return numbers
 
 
 def _require(condition, name, value, expected):

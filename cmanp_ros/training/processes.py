@@ -72,17 +72,18 @@ class MapPrior:
 
     def __post_init__(self):
         for name, known in (('kernels', KERNELS), ('designs', DESIGNS)):
-            found = getattr(self, name)
-            if not isinstance(found, tuple) or not found or set(found) - set(known):
-                raise ConfigError(f'{name} is {_plain(found)}, expected some of {sorted(known)}')
+            if not getattr(self, name) or not _are_among(getattr(self, name), known):
+                found = _plain(getattr(self, name))
+                raise ConfigError(f'{name} is {found}, expected some of {sorted(known)}')
         for name in (*HYPER, 'num_context'):
             object.__setattr__(self, name, _range(name, getattr(self, name)))
         for name in ('heavy_tails', 'uneven_noise', 'step_edge', 'trend'):
             found = getattr(self, name)
             if not isinstance(found, int | float) or not 0 <= found <= 1:
                 raise ConfigError(f'{name} is {found!r}, expected a share between 0 and 1')
-        if unknown := set(self.log_uniform) - set(HYPER):
-            raise ConfigError(f'log_uniform has {sorted(unknown)}; expected length, scale, noise')
+        if not _are_among(self.log_uniform, HYPER):
+            found = _plain(self.log_uniform)
+            raise ConfigError(f'log_uniform is {found}, expected some of {list(HYPER)}')
         if isinstance(self.num_target, tuple):
             object.__setattr__(self, 'num_target', _range('num_target', self.num_target))
         elif not isinstance(self.num_target, int) or self.num_target < 1:
@@ -204,6 +205,10 @@ def _range(name, values):
             f'{least:g}, in this order'
         )
     return (int(low), int(high)) if is_count else (low, high)
+
+
+def _are_among(found, known):
+    return isinstance(found, tuple) and all(each in tuple(known) for each in found)
 
 
 def _plain(values):

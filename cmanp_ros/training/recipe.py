@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 
 import yaml
@@ -14,6 +15,7 @@ from cmanp_ros.training.processes import MapPrior
 RECIPES = Path(__file__).resolve().parent / 'recipes'
 OBJECTIVES = ('log_likelihood', 'evidence_lower_bound', 'joint_log_likelihood')
 PRESETS = ('paper', 'field')
+LARGEST_SEED = 10**12  # times a million it seeds the generator of each batch
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class WorldPrior:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            _require(isinstance(value, int) and value >= 1, name, value, 'at least 1')
+            _require(_is_whole(value) and value >= 1, name, value, 'at least 1')
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,16 @@ class Recipe:
     def __post_init__(self):
         for name in ('steps', 'batch_size', 'warmup', 'validate_every'):
             value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 1, name, value, 'at least 1')
-        _require(isinstance(self.seed, int), 'seed', self.seed, 'a whole number')
-        _require(self.learning_rate > 0, 'learning_rate', self.learning_rate, 'above 0')
-        _require(self.weight_decay >= 0, 'weight_decay', self.weight_decay, 'at least 0')
+            _require(_is_whole(value) and value >= 1, name, value, 'at least 1')
+        is_seed = _is_whole(self.seed) and abs(self.seed) <= LARGEST_SEED
+        seeds = f'a whole number within +-{LARGEST_SEED:,}'
+        _require(is_seed, 'seed', self.seed, seeds)
+        rate, decay = self.learning_rate, self.weight_decay
+        _require(isfinite(rate) and rate > 0, 'learning_rate', rate, 'above 0, and finite')
+        _require(isfinite(decay) and decay >= 0, 'weight_decay', decay, 'at least 0, and finite')
+        start = self.start_from
+        is_name = start is None or isinstance(start, str)
+        _require(is_name, 'start_from', start, 'a model file or the name of a shipped model')
         precisions = ('float32', 'bfloat16')
         _require(self.precision in precisions, 'precision', self.precision, f'one of {precisions}')
         _require(self.objective in OBJECTIVES, 'objective', self.objective, f'one of {OBJECTIVES}')
@@ -157,11 +165,9 @@ def _model(values):
     _require(preset in PRESETS, 'preset', preset, f'one of {PRESETS}, or none and all sizes')
     dims = {name: values.pop(name, None) for name in ('dim_x', 'dim_y')}
     for name, value in dims.items():
-        _require(isinstance(value, int) and value >= 1, name, value, 'a number of dimensions')
+        _require(_is_whole(value) and value >= 1, name, value, 'a number of dimensions')
     base = getattr(CMANPConfig, preset)(**dims).to_dict()
     for name, value in values.items():  # of the memories single options may be given
-        if name in ('least_squares', 'autoregressive') and value is not None:
-            _require(isinstance(value, dict), name, value, 'a mapping of options, or null')
         is_part = isinstance(value, dict) and isinstance(base.get(name), dict)
         base[name] = base[name] | value if is_part else value
     return CMANPConfig.from_dict(base)
@@ -185,9 +191,15 @@ def _prior(values):
 
 def _number(name, value):
     try:
-        return float(value)
+        if not isinstance(value, bool):
+            return float(value)
     except (TypeError, ValueError):
-        raise ConfigError(f'{name} is {value!r}, expected a number') from None
+        pass
+    raise ConfigError(f'{name} is {value!r}, expected a number')
+
+
+def _is_whole(value):
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require(condition, name, value, expected):

@@ -44,7 +44,7 @@ def test_paper_has_the_sizes_of_the_paper():
     assert config.num_levels == 1
 
 
-@pytest.mark.parametrize('dim_x', [1, 2, 3, 4])
+@pytest.mark.parametrize('dim_x', [1, 2, 3])
 def test_field_has_both_memories_in_every_dimension(dim_x):
     config = CMANPConfig.field(dim_x, 1)
     assert config.inducing_points
@@ -184,6 +184,36 @@ def test_prior_variances_are_not_negative(name):
         assert_refused(message, LeastSquaresConfig, **{name: value})
 
 
+def test_regressions_are_of_three_axes_at_most():
+    message = 'dim_x is 4, expected at most 3, or a model without least_squares'
+    assert_refused(message, CMANPConfig.field, dim_x=4, dim_y=1)
+    assert CMANPConfig.field(4, 1, least_squares=None).dim_x == 4
+
+
+def test_text_is_a_number_where_it_reads_as_one():
+    assert LeastSquaresConfig(points_per_voxel='1e9').points_per_voxel == 1e9
+    assert LeastSquaresConfig(lengths=['1e-1', 2]).lengths == (0.1, 2.0)
+    message = "points_per_voxel is 'many', expected a number"
+    assert_refused(message, LeastSquaresConfig, points_per_voxel='many')
+    assert_refused("lengths is ['a'], expected numbers", LeastSquaresConfig, lengths=['a'])
+    assert_refused('lengths is 5, expected numbers', LeastSquaresConfig, lengths=5)
+    message = "location_lengths is ['a', 'b'], expected numbers"
+    assert_refused(message, CMANPConfig, dim_x=1, dim_y=1, location_lengths=['a', 'b'])
+
+
+@pytest.mark.parametrize('value', [True, None, [1.0]])
+def test_numbers_are_of_their_type(value):
+    message = f'box_half_width is {value!r}, expected a number'
+    assert_refused(message, LeastSquaresConfig, box_half_width=value)
+
+
+@pytest.mark.parametrize('name', ['bounded_stddev', 'inducing_points', 'own_answer'])
+@pytest.mark.parametrize('value', ['maybe', 1, None])
+def test_switches_are_true_or_false(name, value):
+    message = f'{name} is {value!r}, expected true or false'
+    assert_refused(message, CMANPConfig, **{'dim_x': 1, 'dim_y': 1, name: value})
+
+
 def test_own_answer_needs_a_regression_to_stand_beside():
     with pytest.raises(ConfigError, match='own_answer is true without least_squares'):
         CMANPConfig.paper(1, 1, own_answer=True)
@@ -225,6 +255,12 @@ def test_unknown_keys_are_named():
     values['least_squares']['lenghts'] = (1.0,)
     with pytest.raises(ConfigError, match=r"^LeastSquaresConfig has no \['lenghts'\]; expected"):
         CMANPConfig.from_dict(values)
+
+
+def test_memories_are_mappings():
+    for name in ('least_squares', 'autoregressive'):
+        with pytest.raises(ConfigError, match=f'^{name} is 5, expected a mapping of options, or'):
+            CMANPConfig.from_dict({'dim_x': 1, 'dim_y': 1, name: 5})
 
 
 def test_missing_keys_are_named():

@@ -385,6 +385,7 @@ def test_clusters_are_few_and_narrow():
 
 OF_KERNELS = f'expected some of {sorted(KERNELS)}'
 OF_DESIGNS = f'expected some of {sorted(DESIGNS)}'
+OF_HYPER = "expected some of ['length', 'scale', 'noise']"
 TWO = 'expected least and most: two numbers of at least 1e-09, in this order'
 
 
@@ -415,7 +416,10 @@ TWO = 'expected least and most: two numbers of at least 1e-09, in this order'
         ({'heavy_tails': 1.5}, 'heavy_tails is 1.5, expected a share between 0 and 1'),
         ({'trend': -0.1}, 'trend is -0.1, expected a share between 0 and 1'),
         ({'trend': 'some'}, "trend is 'some', expected a share between 0 and 1"),
-        ({'log_uniform': ['trend']}, "log_uniform has ['trend']; expected length, scale, noise"),
+        ({'kernels': [['rbf']]}, f"kernels is [['rbf']], {OF_KERNELS}"),
+        ({'log_uniform': ['trend']}, f"log_uniform is ['trend'], {OF_HYPER}"),
+        ({'log_uniform': 5}, f'log_uniform is 5, {OF_HYPER}'),
+        ({'log_uniform': [['noise']]}, f"log_uniform is [['noise']], {OF_HYPER}"),
         ({'num_target': 0}, 'num_target is 0, expected at least 1'),
     ],
 )

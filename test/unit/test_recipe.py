@@ -14,6 +14,7 @@ from cmanp_ros.core.errors import ConfigError
 from cmanp_ros.training.batches import MapBatches
 from cmanp_ros.training.processes import MapPrior
 from cmanp_ros.training.recipe import (
+    LARGEST_SEED,
     Recipe,
     WorldPrior,
     from_dict,
@@ -213,6 +214,18 @@ def test_unknown_keys_are_named_at_every_level(values, message):
         ({'model': MODEL, 'learning_rate': 0}, 'learning_rate is 0.0, expected above 0'),
         ({'model': MODEL, 'learning_rate': 'fast'}, "learning_rate is 'fast', expected a number"),
         ({'model': MODEL, 'weight_decay': -1}, 'weight_decay is -1.0, expected at least 0'),
+        ({'model': MODEL, 'learning_rate': True}, 'learning_rate is True, expected a number'),
+        (
+            {'model': MODEL, 'learning_rate': float('inf')},
+            'learning_rate is inf, expected above 0',
+        ),
+        ({'model': MODEL, 'weight_decay': float('nan')}, 'weight_decay is nan, expected at least'),
+        ({'model': MODEL, 'steps': True}, 'steps is True, expected at least 1'),
+        ({'model': MODEL, 'start_from': 5}, 'start_from is 5, expected a model file or the name'),
+        (
+            {'model': MODEL, 'seed': 20261201130000},
+            'seed is 20261201130000, expected a whole number within +-1,000,000,000,000',
+        ),
         ({'model': MODEL, 'seed': 'one'}, "seed is 'one', expected a whole number"),
         (
             {'model': MODEL, 'precision': 'float16'},
@@ -278,6 +291,13 @@ def test_a_file_that_is_no_text_is_refused_with_its_name(tmp_path):
     path.write_bytes(b'model: \xff\xfe')
     with pytest.raises(ConfigError, match='mine.yml: '):
         load_recipe(path)
+
+
+@pytest.mark.parametrize('seed', [-LARGEST_SEED, LARGEST_SEED])
+def test_batches_can_be_drawn_with_each_seed(seed):
+    recipe = Recipe(small_models.paper(1), MapPrior(num_target=3), batch_size=2, seed=seed)
+    for is_held_out in (False, True):
+        assert MapBatches(recipe, is_held_out)[recipe.steps - 1]['x'].isfinite().all()
 
 
 def test_an_override_out_of_range_is_refused():
