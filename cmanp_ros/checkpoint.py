@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from cmanp_ros.core import CMANP, CMANPConfig, State
-from cmanp_ros.core.errors import CheckpointError, CMANPError
+from cmanp_ros.core.errors import CheckpointError, CMANPError, ConfigError
 from cmanp_ros.core.lattice import FARTHEST
 from cmanp_ros.core.state import from_tensors
 from cmanp_ros.core.tiles import keys_of
@@ -50,8 +50,9 @@ def load_model(path_or_name='field', device='cpu') -> CMANP:
 
     :param path_or_name: a .safetensors file, or the name of a shipped model.
     :raises CheckpointError: for a missing, damaged or foreign file, or weights that do not fit.
+    :raises ConfigError: for a device that cannot be used.
     """
-    path = _find(path_or_name)
+    device, path = usable_device(device), _find(path_or_name)
     tensors, header = _read(path, MODEL)
     try:
         model = CMANP(CMANPConfig.from_dict(header['config']))
@@ -61,6 +62,21 @@ def load_model(path_or_name='field', device='cpu') -> CMANP:
         model.to(tensors['norm.weight'].dtype)
     _fill(model, tensors, str(path))
     return model.eval().requires_grad_(False).to(device)
+
+
+def usable_device(device) -> torch.device:
+    """
+    Return a device by its name.
+
+    :raises ConfigError: for one on which nothing can be computed here.
+    """
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition('\n')[0]
+        raise ConfigError(
+            f"device {str(device)!r} cannot be used here ({reason}); 'cpu' always can"
+        ) from error
 
 
 def read_extra(path_or_name='field') -> dict:

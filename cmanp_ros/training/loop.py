@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from cmanp_ros.checkpoint import load_model, read_extra, save_model
+from cmanp_ros.checkpoint import load_model, read_extra, save_model, usable_device
 from cmanp_ros.core import CMANP
 from cmanp_ros.core.errors import ConfigError
 from cmanp_ros.training import distributed, priors
@@ -56,9 +56,11 @@ def train(
     :param model: the one to begin with, of the recipe's configuration; None: a new one.
     :param command: kept in the model file.
     :return: the model file.
-    :raises ConfigError: for a folder in which something else was trained.
+    :raises ConfigError: for a folder in which something else was trained, or a device that cannot
+        be used.
     """
     folder, part = Path(folder), distributed.start()
+    device = usable_device(device)
     if recipe.batch_size % part[1]:
         raise ConfigError(
             f'batch_size is {recipe.batch_size}, expected a multiple of the {part[1]} processes'
@@ -66,6 +68,7 @@ def train(
     is_first = part[0] == 0
     if is_first:
         _check(folder, recipe)
+    distributed.any_says(False)  # or others would make batches before the folder is checked
     torch.manual_seed(recipe.seed)
     model = (_new_model(recipe) if model is None else model).to(device)
     optimizer = torch.optim.AdamW(
@@ -204,7 +207,7 @@ def _check(folder, recipe):
     """
     settings = recipe.to_dict()
     path = folder / 'settings.json'
-    if not path.is_file():
+    if not (path.is_file() and has_begun(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, indent=1), encoding='utf-8')
         return
@@ -219,6 +222,14 @@ def _check(folder, recipe):
             f'{folder} holds another training: {"; ".join(differing)}. Use another folder, or '
             'the settings of that one'
         )
+
+
+def has_begun(folder: Path) -> bool:
+    """
+    Return whether a training has made batches or steps in a folder.
+    """
+    made = ('batches', 'held_out', 'log.csv', 'last.safetensors')
+    return any((folder / name).exists() for name in made)
 
 
 def _flat(values, prefix=''):

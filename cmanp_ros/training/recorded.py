@@ -19,7 +19,7 @@ from cmanp_ros.checkpoint import load_model
 from cmanp_ros.core import CMANP
 from cmanp_ros.core.errors import ConfigError, InputError
 from cmanp_ros.training.batches import WorldBatches
-from cmanp_ros.training.loop import NUM_HELD_OUT
+from cmanp_ros.training.loop import NUM_HELD_OUT, has_begun
 from cmanp_ros.training.objectives import soften
 from cmanp_ros.training.priors import WorldTask
 from cmanp_ros.training.recipe import Recipe
@@ -204,12 +204,15 @@ def keep(folder, facts: dict | None):
     :param facts: plain values; None: synthetic worlds.
     :raises ConfigError: saying what differs.
     """
-    folder, found = Path(folder), known(folder)
-    if not (folder / 'settings.json').is_file():
-        if facts is not None:
+    folder = Path(folder)
+    if not has_begun(folder):
+        if facts is None:
+            (folder / 'data.json').unlink(missing_ok=True)
+        else:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / 'data.json').write_text(json.dumps(facts, indent=1), encoding='utf-8')
         return
+    found = known(folder)
     if found == facts:
         return
     if found is None or facts is None:

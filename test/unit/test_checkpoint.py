@@ -20,7 +20,7 @@ from cmanp_ros.checkpoint import (
     weights_hash,
 )
 from cmanp_ros.core import CMANP
-from cmanp_ros.core.errors import CheckpointError
+from cmanp_ros.core.errors import CheckpointError, ConfigError
 from cmanp_ros.core.state import State
 
 HEADER = {
@@ -163,6 +163,11 @@ def test_shipped_models_load_by_name():
 
 
 # Refusals ----------------------------------------------------------------------------------------
+
+
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match="^device 'foo' cannot be used here .*'cpu' always can$"):
+        load_model('field', 'foo')
 
 
 def test_a_missing_file_is_named(model, tmp_path):

@@ -287,7 +287,10 @@ def test_a_folder_keeps_to_its_data(tmp_path):
     facts = {'sha256': 'abc', 'tile_size': 3.0}
     recorded.keep(tmp_path, facts)
     recorded.keep(tmp_path, facts | {'tile_size': 4.0})  # nothing was trained yet
-    (tmp_path / 'settings.json').write_text('{}')
+    recorded.keep(tmp_path, None)
+    assert recorded.known(tmp_path) is None
+    recorded.keep(tmp_path, facts | {'tile_size': 4.0})
+    (tmp_path / 'log.csv').write_text('')
     recorded.keep(tmp_path, facts | {'tile_size': 4.0})
     assert recorded.known(tmp_path)['tile_size'] == 4.0
     with pytest.raises(ConfigError, match=r'on other data: tile_size is 3.0, was 4.0\. Use'):
@@ -298,7 +301,7 @@ def test_a_folder_keeps_to_its_data(tmp_path):
 
 def test_a_folder_of_synthetic_worlds_takes_no_data(tmp_path):
     recorded.keep(tmp_path, None)
-    (tmp_path / 'settings.json').write_text('{}')
+    (tmp_path / 'batches').mkdir()
     recorded.keep(tmp_path, None)
     with pytest.raises(ConfigError, match='on synthetic worlds, not on recorded data'):
         recorded.keep(tmp_path, {'sha256': 'abc'})

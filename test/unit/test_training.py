@@ -21,7 +21,7 @@ from cmanp_ros.checkpoint import load_model, read_extra, save_model
 from cmanp_ros.core import CMANP, Lattice, World
 from cmanp_ros.core.autoregressive import predict_block
 from cmanp_ros.core.config import AutoregressiveConfig
-from cmanp_ros.core.errors import ConfigError
+from cmanp_ros.core.errors import CheckpointError, ConfigError
 from cmanp_ros.training import batches, loop, objectives, priors
 from cmanp_ros.training.batches import (
     MapBatches,
@@ -858,6 +858,35 @@ def test_a_folder_of_another_training_is_refused(uninterrupted, other, message):
     with pytest.raises(ConfigError) as error:
         train(other, folder)
     assert str(error.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ('mistake', 'device', 'error', 'words'),
+    [
+        ({'start_from': 'nope'}, 'cpu', CheckpointError, "no checkpoint 'nope'"),
+        ({}, 'foo', ConfigError, "device 'foo' cannot be used here .*'cpu' always can"),
+    ],
+)
+def test_a_folder_in_which_nothing_was_trained_takes_other_settings(
+    tmp_path, mistake, device, error, words
+):
+    with pytest.raises(error, match=words):
+        train(map_recipe(steps=1, **mistake), tmp_path, device=device)
+    train(map_recipe(steps=1, seed=7), tmp_path)
+    with pytest.raises(ConfigError, match='holds another training: seed is 0, was 7'):
+        train(map_recipe(steps=1), tmp_path)
+
+
+def test_batches_that_were_made_are_of_their_settings(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, '_loss', stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(world_recipe(), tmp_path)
+    with pytest.raises(ConfigError, match='holds another training: prior.worlds.max_context is 7'):
+        train(world_recipe(max_context=7), tmp_path)
 
 
 @pytest.mark.parametrize('name', ['num_batches', 'max_context', 'num_target'])
