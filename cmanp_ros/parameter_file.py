@@ -63,7 +63,8 @@ def _content(path: Path) -> Any:
     try:
         return _parsed(path.read_text(encoding='utf-8'), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f'{path}: {error}; expected a parameter file of ROS 2') from error
+        reason = getattr(error, 'strerror', None) or error
+        raise ConfigError(f'{path}: {reason}; expected a parameter file of ROS 2') from error
 
 
 def _nodes(content: Any, name: str = '') -> Iterator[tuple[str, Mapping]]:

@@ -48,12 +48,17 @@ class Tables:
         dim_y: int,
     ) -> None:
         """Open, see `Recording`."""
-        wanted = [each.rpartition(':')[2] for each in sources]
+        if len(sources) > 1:
+            raise ConfigError(
+                f'--source {" --source ".join(sources)}: expected one for a table, as all its '
+                'points have the same value; several of one point are names with commas, :u,v'
+            )
         alike = [s for s in parameters.source_parameters if s.type == POINT_CLOUD and s.enabled]
         source = alike[0] if alike else SourceParameters('points')
-        wanted = wanted or [source.value_field or parameters.value_field]
+        given = sources[0].rpartition(':')[2] if sources else source.value_field
+        default = parameters.value_field
         self._tables = [_Las(p) if p.suffix in ('.las', '.laz') else _Text(p) for p in paths]
-        self._columns = [_columns(table, wanted[0], dim_x, dim_y) for table in self._tables]
+        self._columns = [_columns(table, given, default, dim_x, dim_y) for table in self._tables]
         names = self._tables[0].names
         values = [names[index] for index in self._columns[0][1]]
         self.sources = [replace(source, topic='points', value_field=','.join(values))]
@@ -207,13 +212,14 @@ class _Las:
             ) from error
 
 
-def _columns(table, wanted, dim_x, dim_y) -> tuple[list[int], list[int], int | None]:
+def _columns(table, given, default, dim_x, dim_y) -> tuple[list[int], list[int], int | None]:
     """
     Return which columns are the location, the value, and the time.
 
-    :param wanted: name of the value, or names with commas; z, as for clouds, need not be there if
-        only one column can be the value.
+    :param given: name of the value, or names with commas; empty: the default.
+    :param default: the same; z, as for clouds, need not be there if only one column can be it.
     """
+    wanted = given or default
     names = [name.lower() for name in table.names]
     axes = {axis: names.index(n) for n, axis in reversed(AXES.items()) if n in names}
     location = [axes.get(axis) for axis in 'xyz'[:dim_x]]
@@ -227,7 +233,7 @@ def _columns(table, wanted, dim_x, dim_y) -> tuple[list[int], list[int], int | N
     stamp = next((names.index(name) for name in STAMPS if name in names), None)
     others = [n for n in range(len(names)) if n not in (*location, stamp)]
     chosen = [n for n in others if names[n] in wanted.lower().split(',')]
-    if not chosen and wanted == 'z':
+    if not chosen and not given and default == 'z':
         chosen = others
     if len(chosen) != dim_y:
         raise ConfigError(

@@ -171,7 +171,7 @@ def test_a_parameter_file_that_does_not_fit_is_refused(tmp_path):
             parameter_file.read(path)
         return str(caught.value)
 
-    assert 'No such file' in error()
+    assert error() == f'{path}: No such file or directory; expected a parameter file of ROS 2'
     path.write_text('other:\n  ros__parameters: {tile_size: 3.0}\n')
     assert "has no parameters of a node 'cmanp', but of /other; expected '/**:'" in error()
     path.write_text('robot:\n  cmanp:\n    ros__parameters: {tile_sise: 3.0}\n')
@@ -385,10 +385,21 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path):
     text = refused(path)
     assert 'has the columns x, y, gas, smoke' in text and '--source :smoke' in text
     assert "'dust' is not 1 of those" in refused(path, [':dust'])
+    text = refused(path, [':gas', ':smoke'])
+    assert text.startswith('--source :gas --source :smoke: expected one for a table')
     path.write_text('')
     assert 'is empty' in refused(path, kind=InputError)
     path.write_bytes(b'\xff\xfe\0x')
     assert 'expected a text with one point a line' in refused(path, kind=InputError)
+
+
+@pytest.mark.parametrize('source', [':z', 'depth:z'])
+def test_a_column_that_was_chosen_is_not_replaced_by_another(tmp_path, source):
+    (tmp_path / 'a.csv').write_text('x,y,depth\n2,3,5\n')
+    assert "'z' is not 1 of those beside the location" in refused(tmp_path / 'a.csv', [source])
+    chosen = parameters_from({'points.value_field': 'z'})
+    assert "'z' is not 1 of those" in refused(tmp_path / 'a.csv', parameters=chosen)
+    assert read(tmp_path / 'a.csv')[0][0].y.tolist() == [[5]]
 
 
 def test_lines_that_cannot_be_used_are_counted(tmp_path):
