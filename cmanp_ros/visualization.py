@@ -87,17 +87,19 @@ def grid_targets(
     :raises ConfigError: not a plane, an empty rectangle, or too many cells.
     """
     bounds_min, bounds_max = ([float(v) for v in corner] for corner in (bounds_min, bounds_max))
-    numbers = np.array([*bounds_min, *bounds_max, resolution], dtype=np.float64)
+    numbers = np.array([*bounds_min, *bounds_max], dtype=np.float64)
     if len(bounds_min) != 2 or len(bounds_max) != 2 or not np.isfinite(numbers).all():
         raise ConfigError(
             f'bounds are {bounds_min} to {bounds_max}; a grid expects two finite numbers each'
         )
     extents = [high - low for low, high in zip(bounds_min, bounds_max, strict=True)]
-    if min(extents) <= 0 or resolution <= 0:
+    if min(extents) <= 0:
         raise ConfigError(
-            f'a grid over {bounds_min} to {bounds_max} m with {resolution} m/cell is '
-            'empty; expected bounds_min < bounds_max and a positive resolution'
+            f'a grid over {bounds_min} to {bounds_max} m is empty; expected bounds_min < '
+            'bounds_max'
         )
+    if not (math.isfinite(resolution) and resolution > 0):
+        raise ConfigError(f'the resolution is {resolution} m/cell; expected a positive length')
     # A hair less, so that 50 m in cells of 0.1 m are 500 cells and not 501.
     width, height = (
         max(1, math.ceil(min(extent / resolution, 1e18) - 1e-6)) for extent in extents
