@@ -9,13 +9,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from cmanp_ros.cli.options import MAX_SEED, number
+
 DESCRIPTION = """\
 A simulated rover drives over real terrain (heights around the Jacksboro fault, Tennessee) and
 publishes noisy readings of height; the node cmanp folds them into a map with error bars; an
 observer asks it for predictions and compares them with the truth. Three processes that talk only
 over DDS. The exit status is 0 only if everything that was promised was seen."""
-
-
+MAX_DOMAIN_ID = 232  # the ports of the next would be beyond 65535: RTPS 2.5, 9.6.2.3
 PATH_POINTS = 1000  # of the drawn path, however few scans there were
 
 
@@ -61,22 +62,15 @@ def _options(arguments):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def number(name, kind, default, low, high, text):
-        def checked(given):
-            value = kind(given)
-            if not low <= value <= high:
-                raise argparse.ArgumentTypeError(f'{given} is not within {low:g} to {high:g}')
-            return value
-
-        checked.__name__ = kind.__name__
+    for name, kind, default, text in (
+        ('--duration', number(float, 5, 3600), 30.0, 'length of the drive [s]'),
+        ('--rate', number(float, 1, 100), 10.0, 'scans per second [Hz]'),
+        ('--window', number(float, 1000, 10000), 3600.0, 'side of the square that is mapped [m]'),
+        ('--seed', number(int, 0, MAX_SEED), 6, 'of the place, the path and the noise'),
+    ):
         parser.add_argument(
-            name, type=checked, default=default, metavar='N', help=f'{text} (default: {default})'
+            name, type=kind, default=default, metavar='N', help=f'{text} (default: {default})'
         )
-
-    number('--duration', float, 30.0, 5, 3600, 'length of the drive [s]')
-    number('--rate', float, 10.0, 1, 100, 'scans per second [Hz]')
-    number('--window', float, 3600.0, 1000, 10000, 'side of the square that is mapped [m]')
-    number('--seed', int, 6, 0, 2**31, 'of the place, the path and the noise')
     parser.add_argument(
         '--output',
         type=Path,
@@ -94,7 +88,7 @@ def _options(arguments):
     )
     parser.add_argument(
         '--domain-id',
-        type=int,
+        type=number(int, 0, MAX_DOMAIN_ID),
         metavar='N',
         help='ROS_DOMAIN_ID, to look in with RViz or ros2 topic from this machine (default: one '
         'that is free)',

@@ -7,7 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cmanp_ros.core.errors import InputError
+from cmanp_ros import parameter_file
+from cmanp_ros.checkpoint import load_model
+from cmanp_ros.cli import replay
+from cmanp_ros.cli.options import MAX_SEED, MAX_THREADS, PICTURES, check_output, number
+from cmanp_ros.core.errors import ConfigError, InputError
+
+SEAMS_PICTURE = 'build/seams.png'
 
 STUDIES = {
     'terrain': 'windows of real terrain, beside an exact GP and linear interpolation',
@@ -51,9 +57,8 @@ def main(arguments) -> int:
         _add_options(commands.add_parser(name, help=text, description=text), name)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    for path in (getattr(options, name, None) for name in ('picture', 'json')):
-        if path:  # before hours of work
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+    _check_files(options)
+    _check_models(options)
     study = {
         'terrain': _terrain,
         'robust': _robust,
@@ -68,58 +73,85 @@ def main(arguments) -> int:
 
 
 def _add_options(parser, study):
-    parser.add_argument(
-        '--checkpoint',
-        default=None if study == 'gp1d' else 'field',
-        nargs='+' if study == 'gp1d' else None,
-        help='file or name of a shipped model',
-    )
-    parser.add_argument('--threads', type=int, default=2)
-    parser.add_argument('--seed', type=int, default=0)
+    def add(name, of, default, text, **more):
+        text += ' (default: %(default)s)'
+        parser.add_argument(name, type=of, default=default, help=text, **more)
+
+    count = number(int, 1)
+    if study == 'gp1d':
+        text = 'files or names of shipped models (default: those of the benchmark)'
+        parser.add_argument('--checkpoint', nargs='+', help=text)
+    elif study == 'tile-size':
+        text = 'file or name of a shipped model (default: that of the parameters, else field)'
+        parser.add_argument('--checkpoint', help=text)
+    else:
+        add('--checkpoint', str, 'field', 'file or name of a shipped model')
+    add('--threads', number(int, 1, MAX_THREADS), 2, 'of the CPU')
+    add('--seed', number(int, 0, MAX_SEED), 123 if study == 'prior' else 0, 'of all that is drawn')
     if study == 'tile-size':
         parser.add_argument('file', help='a table or a bag, as for cmanp replay')
-        parser.add_argument('--source', action='append', metavar='TOPIC[:FIELD]', help='the value')
+        replay.add_source_options(parser)
         return
     if study == 'seams':
-        parser.add_argument('--picture', default='build/seams.png')
+        add('--picture', str, SEAMS_PICTURE, 'where to draw the first field')
         return
     parser.add_argument('--json', metavar='FILE', help='also write the rows here')
     if study == 'prior':
-        _add_prior_options(parser)
+        add('--num-tasks', count, 48, 'for each setting')
+        add('--num-context', count, [32, 128, 256, 1024], 'observations of a task', nargs='+')
+        add('--kind', str, ['prior'], 'of fields: see the study', nargs='+')
+        add('--tile-size', float, 0.75, 'the map spans 4')
         return
     if study == 'gp1d':
-        parser.add_argument('--num-batches', type=int, default=3000, help='of 16 curves each')
+        add('--num-batches', count, 3000, 'of 16 curves each')
         parser.add_argument('--picture', metavar='FILE', help='also draw fields that are sampled')
-        parser.add_argument(
-            '--block-size', type=int, nargs='+', default=[10], help='targets scored at once'
-        )
+        add('--block-size', count, [10], 'targets scored at once', nargs='+')
         return
-    parser.add_argument(
-        '--cache', default='build/evaluation', help='folder for predictions of slow peers'
-    )
+    add('--cache', str, 'build/evaluation', 'folder for predictions of slow peers')
     if study == 'tracks':
-        parser.add_argument('--tile-size', type=float, default=22.5, help='[km]')
-        parser.add_argument('--limit', type=int, help='only so many soundings')
+        add('--tile-size', float, 22.5, '[km]')
+        parser.add_argument('--limit', type=count, help='only so many soundings (default: all)')
         return
     from cmanp_ros.evaluation.windows import TILE_SIZE
 
-    parser.add_argument('--tile-size', type=float, default=TILE_SIZE, help='the window spans 4')
+    add('--tile-size', float, TILE_SIZE, 'the window spans 4')
     if study != 'real':
         parser.add_argument('--attention', help='a model without least squares, to stand beside')
-    parser.add_argument('--num-tasks', type=int, default=30, help='for each setting')
+    add('--num-tasks', count, 30, 'for each setting')
     contexts = [64, 256] if study == 'robust' else [64, 256, 1024]
-    parser.add_argument('--num-context', type=int, nargs='+', default=contexts)
+    add('--num-context', count, contexts, 'observations of a task', nargs='+')
     if study != 'robust':
         noises = [0.0] if study == 'real' else [0.0, 0.02, 0.1, 0.3]
-        parser.add_argument('--noise', type=float, nargs='+', default=noises)
+        add('--noise', number(float, 0), noises, 'stddev of observations', nargs='+')
 
 
-def _add_prior_options(parser):
-    parser.add_argument('--num-tasks', type=int, default=48, help='for each setting')
-    parser.add_argument('--num-context', type=int, nargs='+', default=[32, 128, 256, 1024])
-    parser.add_argument('--kind', nargs='+', default=['prior'], help='of fields: see the study')
-    parser.add_argument('--tile-size', type=float, default=0.75, help='the map spans 4')
-    parser.set_defaults(seed=123)
+def _check_files(options):
+    """Refuse what could not be written at the end, before hours of work."""
+    if getattr(options, 'json', None):
+        check_output('--json', Path(options.json))
+    if picture := getattr(options, 'picture', None):
+        if picture == SEAMS_PICTURE:  # `build` is ours
+            Path(picture).parent.mkdir(exist_ok=True)
+        check_output('--picture', Path(picture), PICTURES)
+
+
+def _check_models(options):
+    """Refuse models that cannot be scored, before hours of work."""
+    for option in ('checkpoint', 'attention'):
+        given = getattr(options, option, None) or []
+        for name in [given] if isinstance(given, str) else given:
+            _check_model(name, options.study)
+
+
+def _check_model(name, study):
+    """Refuse a model of other fields than those of the study."""
+    dim_x, like = (1, 'gp1d') if study == 'gp1d' else (2, 'field')
+    config = load_model(name).config
+    if (config.dim_x, config.dim_y) != (dim_x, 1):
+        raise ConfigError(
+            f'the model {name} has dim_x {config.dim_x} and dim_y {config.dim_y}; `cmanp evaluate '
+            f"{study}` expects {dim_x} and 1, such as '{like}'"
+        )
 
 
 def _terrain(options):
@@ -170,7 +202,7 @@ def _tracks(options):
 
 
 def _gp1d(options):
-    from cmanp_ros.checkpoint import load_model, shipped_models
+    from cmanp_ros.checkpoint import shipped_models
     from cmanp_ros.cli.progress import progress_for
     from cmanp_ros.evaluation import gp1d
 
@@ -267,15 +299,14 @@ def _prior(options):
 
 
 def _seams(options):
-    from cmanp_ros.checkpoint import load_model
     from cmanp_ros.evaluation import scores, seams
 
     rows = []
-    for number, (kind, field) in enumerate(
+    for index, (kind, field) in enumerate(
         seams.fields(load_model(options.checkpoint), 2, 1024, options.seed)
     ):
         rows.append({'field': kind, **seams.seams(field, -1.9, 1.9)._asdict()})
-        if number == 0:
+        if index == 0:
             seams.draw(field, options.picture)
     print('jumps where tiles change: the largest, and the mean of all')
     print(scores.terminal_table([{k: _pair(v) for k, v in row.items()} for row in rows]))
@@ -297,16 +328,24 @@ def _tile_size(options):
     from cmanp_ros.evaluation import ours, scores, tile_size
     from cmanp_ros.recordings import Recording
 
-    with Recording(options.file, options.source) as recording:
+    settings = [*options.parameter]
+    if options.checkpoint:
+        settings.append(f'checkpoint:={options.checkpoint}')
+    parameters = parameter_file.read(options.params_file, settings)
+    _check_model(parameters.checkpoint, options.study)
+    with Recording(options.file, options.source, parameters=parameters) as recording:
         print(*recording.descriptions, sep='\n', flush=True)
         chunks = list(recording.chunks())
-        left_out = [f'{count:,} ({reason})' for reason, count in recording.rejected.items()]
-    if left_out:
-        print(f'left out: {", ".join(left_out)}')
+        for line in replay.left_out(recording.losses):
+            print(line)
     if not chunks:
-        raise InputError(f'{options.file}: no point can be used; expected x, y and a value')
+        why = replay.why_none(recording.losses)
+        raise InputError(f'{options.file}: no point can be used: {why}')
     x, y = (np.concatenate(part) for part in ([c.x for c in chunks], [c.y[:, 0] for c in chunks]))
-    make = ours.stream(options.checkpoint, 1.0, float(y.mean()), float(y.std()) or 1.0)
+    offset, scale = parameters.value_offset, parameters.value_scale
+    if (offset, scale) == (0.0, 1.0):  # nobody has chosen them
+        offset, scale = float(y.mean()), float(y.std()) or 1.0
+    make = ours.stream(parameters.checkpoint, 1.0, offset, scale)
     found = tile_size.propose(x, y, make, seed=options.seed)
     print(scores.terminal_table(found.rows))
     print(f'tile_size: {found.tile_size:g}')

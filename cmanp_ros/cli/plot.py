@@ -11,6 +11,7 @@ from safetensors import safe_open
 from cmanp_ros import parameter_file
 from cmanp_ros.checkpoint import OtherWeightsError
 from cmanp_ros.cli import replay
+from cmanp_ros.cli.options import PICTURES, check_output
 from cmanp_ros.cli.progress import progress_for
 from cmanp_ros.core.errors import CheckpointError, CMANPError, ConfigError, InputError
 from cmanp_ros.field import NeuralField
@@ -20,7 +21,7 @@ from cmanp_ros.plots.watching import Watched
 from cmanp_ros.recordings import shards
 from cmanp_ros.recordings.folding import Folding
 
-PICTURES, GEOTIFF, PLY = ('.png', '.pdf', '.svg'), ('.tif', '.tiff'), ('.ply',)
+GEOTIFF, PLY = ('.tif', '.tiff'), ('.ply',)
 FIRST_YEAR = 2000  # stamps before it are those of a simulation
 EPILOG = """examples:
   cmanp plot terrain.safetensors --units m --hillshade
@@ -98,15 +99,12 @@ def _parser():
 
 def _check_outputs(outputs):
     """Refuse what could not be written at the end, before all the work."""
-    known = (*PICTURES, *GEOTIFF, *PLY)
     for path in outputs:
-        if path.suffix.lower() not in known:
-            raise ConfigError(f'--out {path}: expected a name that ends in {", ".join(known)}')
+        check_output('--out', path, (*PICTURES, *GEOTIFF, *PLY))
         if path.suffix.lower() in GEOTIFF:
             library('rasterio', f'--out {path}')
         elif path.suffix.lower() in PICTURES:
             library('matplotlib', f'--out {path}')
-        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _is_map(options):

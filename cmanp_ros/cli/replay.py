@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from cmanp_ros import maps, parameter_file
+from cmanp_ros.cli.options import check_output
 from cmanp_ros.cli.progress import progress_for
 from cmanp_ros.core.errors import ConfigError, InputError
 from cmanp_ros.recordings import shards
@@ -36,7 +37,9 @@ def main(arguments) -> int:
         seconds = time.monotonic() - began
     print(_summary(field, report, seconds, None if stop.asked else recording.duration_sec))
     if not report.num_folded:
-        raise problem or InputError('no point was folded, and no map is written: see above why')
+        raise problem or InputError(
+            f'no point was folded, and no map is written: {why_none(report.losses)}'
+        )
     maps.save(field, out, report.provenance)
     print(f'map          {out} ({out.stat().st_size / 1e6:.1f} MB)')
     if proposal := hint(field, report):
@@ -94,8 +97,9 @@ def _parser():
 
 def _check_out(out, overwrite):
     """Refuse what could not be written at the end, before all the work."""
-    if not out.resolve().parent.is_dir():
-        raise ConfigError(f'--out {out}: there is no folder {out.parent}; expected one: make it')
+    if out.suffix != '.safetensors':
+        raise ConfigError(f'--out {out}: expected a name that ends in .safetensors')
+    check_output('--out', out)
     if out.exists() and not overwrite:
         raise ConfigError(f'{out} is there already; expected another --out, or --overwrite')
 
@@ -146,21 +150,31 @@ class _Stop:
 
 def _summary(field, report, seconds, duration_sec):
     """Say what became of each point and message."""
-    losses, count = report.losses, f'{report.num_folded:,} points'
     lines = [
         f'read         {report.num_read:,} messages',
-        f'folded       {count} into {field.num_tiles:,} tiles',
+        f'folded       {report.num_folded:,} points into {field.num_tiles:,} tiles',
+        *left_out(report.losses),
     ]
-    for what, counts in (('points', losses.points), ('messages', losses.messages)):
-        for reason, number in sorted(counts.items()):
-            lines.append(f'left out     {number:,} {what} ({reason})')
-    lines += [f'  [{reason}] {text}' for reason, text in sorted(losses.problems.items())]
     rate = f'{report.num_folded / seconds:,.0f} points/s' if seconds else ''
     lines.append(f'time         {seconds:.1f} s, {rate}')
     if duration_sec:
         factor = duration_sec / seconds
         lines.append(f'recorded     {duration_sec:.1f} s: {factor:.3g} times real time')
     return '\n'.join(lines)
+
+
+def left_out(losses) -> list[str]:
+    """Say what of a recording was left out, and why, line by line."""
+    lines = []
+    for what, counts in (('points', losses.points), ('messages', losses.messages)):
+        for reason, number in sorted(counts.items()):
+            lines.append(f'left out     {number:,} {what} ({reason})')
+    return lines + [f'  [{reason}] {text}' for reason, text in sorted(losses.problems.items())]
+
+
+def why_none(losses) -> str:
+    """Say why no point is left of a recording, below the lines of `left_out`."""
+    return 'see above why' if left_out(losses) else 'the recording has none'
 
 
 def hint(field, report):

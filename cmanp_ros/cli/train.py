@@ -15,8 +15,9 @@ import torch
 import yaml
 
 from cmanp_ros import parameter_file
+from cmanp_ros.cli import replay
+from cmanp_ros.cli.options import MAX_THREADS, number
 from cmanp_ros.cli.progress import progress_for
-from cmanp_ros.cli.replay import add_source_options
 from cmanp_ros.core.errors import ConfigError
 from cmanp_ros.recordings import Recording
 from cmanp_ros.training import priors, recorded
@@ -45,6 +46,7 @@ def main(arguments) -> int:
     recipe = load_recipe(options.recipe, **overrides)
     say = print if os.environ.get('RANK', '0') == '0' else lambda *_, **__: None
     folder, draw, facts = Path(options.folder), priors.world_task, None
+    _check_folder(folder)
     if options.data:
         draw, facts = _recorded(options, recipe, say)
     else:
@@ -112,9 +114,14 @@ def _parser():
     add('--seed', type=int)
     add('--precision', help='of matrix products: float32 or bfloat16')
     add('--start-from', help='a model file or the name of a shipped model')
-    add('--threads', type=int, default=1)
-    add('--workers', type=int, default=0, help='processes that make batches')
-    add('--device', default='cpu', help='cpu or cuda')
+    add('--threads', type=number(int, 1, MAX_THREADS), default=1, help='default: 1')
+    add(
+        '--workers',
+        type=number(int, 0),
+        default=0,
+        help='processes that make batches; default: 0, the one that trains makes them',
+    )
+    add('--device', default='cpu', help='cpu or cuda; default: cpu')
     group = parser.add_argument_group('on recorded observations; sources as for cmanp replay')
     group.add_argument(
         '--data', nargs='+', metavar='FILE', help='bags (ROS 2: folder, .mcap), .csv, .xyz, .las'
@@ -126,8 +133,16 @@ def _parser():
         help='[m] of the maps to come; default: that of the parameters, or what '
         '`cmanp evaluate tile-size` would propose',
     )
-    add_source_options(group)
+    replay.add_source_options(group)
     return parser
+
+
+def _check_folder(folder):
+    """Refuse a folder that could not be written to, before all the work."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        what = 'cannot be written to' if os.path.isdir(there) else 'is no folder'
+        raise ConfigError(f'--folder {folder}: {there} {what}; expected a folder, or a new one')
 
 
 def _refuse_options_of_data(options):
@@ -137,7 +152,7 @@ def _refuse_options_of_data(options):
         '--params-file': options.params_file,
         '-p': options.parameter,
     }
-    if names := [name for name, value in given.items() if value]:
+    if names := [name for name, value in given.items() if value not in (None, [])]:
         raise ConfigError(f'{", ".join(names)} without --data: expected the recordings, too')
 
 
@@ -157,10 +172,11 @@ def _recorded(options, recipe, say):
         parameters=parameters,
     ) as recording:
         say(*recording.descriptions, sep='\n', flush=True)
-        x, y, every = recorded.read(recording)
-    for reason, count in sorted(recording.losses.points.items()):
-        problem = recording.losses.problems.get(reason, '')
-        say(f'left out     {count:,} points ({reason}) {problem}'.rstrip())
+        try:
+            x, y, every = recorded.read(recording)
+        finally:
+            for line in replay.left_out(recording.losses):
+                say(line)
     y = y[:, 0]
     say(f'observations {len(y):,}' + (f', one in {every}' if every > 1 else ''))
     recorded.pieces(len(y), recipe.prior.num_target)  # too few: said before all the work

@@ -96,8 +96,10 @@ def cluster(scheduler: str, timeout_sec: float = 10.0) -> Iterator:
     # Ctrl-C in a terminal reaches each process of it; those that begin here do not mind.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        if scheduler != 'processes':  # a client that finds out itself hangs when it is collected
+            distributed.comm.get_address_host_port(scheduler)
         client = distributed.Client(**options, set_as_default=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:  # the words of another server as a length
         raise CMANPError(
             f'--scheduler {scheduler}: {error}; expected processes, or the address of a running '
             'dask scheduler, such as tcp://host:8786'

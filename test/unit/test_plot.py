@@ -356,11 +356,9 @@ def test_a_saved_map_is_drawn_in_all_formats(in_an_empty_folder, corner, capsys)
     status, text = run(capsys, 'harbor.safetensors', *model)
     assert status == 0 and 'harbor.png' in text
     assert colorful('harbor.png')[0] > 0.1
-    status, text = run(
-        capsys, 'harbor.safetensors', *model, '--out', 'new/a.ply', '--bounds', 0, 0, 3, 2
-    )
+    status, _ = run(capsys, 'harbor.safetensors', *model, '--out', 'a.ply', '--bounds', 0, 0, 3, 2)
     assert status == 0
-    vertices, _ = read_ply(in_an_empty_folder / 'new' / 'a.ply')
+    vertices, _ = read_ply(in_an_empty_folder / 'a.ply')
     assert len(vertices) == 3 * 2 and vertices['x'].max() == 2.5 * 1.3
 
 
@@ -381,6 +379,7 @@ def test_a_recording_is_drawn_with_what_became_of_it(in_an_empty_folder, capsys)
 def test_mistakes_are_explained_with_the_way_out(in_an_empty_folder, corner, capsys, monkeypatch):
     checkpoint.save_model(corner.model, 'model.safetensors')
     corner.save('a.safetensors')
+    drawn = ['a.safetensors', '--checkpoint', 'model.safetensors']
     for arguments, words in (
         (['gone.safetensors'], 'gone.safetensors: no such file'),
         (['model.safetensors'], "is 'cmanp_ros model', expected 'cmanp_ros map'"),
@@ -388,6 +387,9 @@ def test_mistakes_are_explained_with_the_way_out(in_an_empty_folder, corner, cap
         (['a.safetensors', 'b.safetensors'], 'expected one saved map at a time'),
         (['a.safetensors', '--source', 'b'], 'are for recordings; leave them out'),
         (['a.safetensors', '--out', 'a.jpg'], 'expected a name that ends in .png, .pdf, .svg'),
+        (['a.safetensors', '--out', 'new/a.png'], 'there is no folder new; expected one: make it'),
+        ([*drawn, '--resolution', 'nan'], 'the resolution is nan m/cell; expected a positive'),
+        ([*drawn, '--bounds', 5, 5, 1, 1], '[5.0, 5.0] to [1.0, 1.0] m is empty; expected bou'),
         (['gone.mcap'], 'gone.mcap is not there; expected a bag'),
     ):
         status, text = run(capsys, *arguments)

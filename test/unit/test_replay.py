@@ -103,6 +103,30 @@ def test_a_recording_of_which_nothing_can_be_used_makes_no_map(tmp_path, capsys)
     assert not list(tmp_path.glob('*.safetensors'))
 
 
+def test_a_recording_of_nothing_is_told_from_one_of_which_all_is_left_out(tmp_path, capsys):
+    (tmp_path / 'head.csv').write_text('x,y,depth\n')
+    status, text = run(capsys, tmp_path / 'head.csv')
+    assert status == 1 and text.endswith('no map is written: the recording has none\n')
+    (tmp_path / 'head.csv').write_text('x,y,depth\n1,2,deep\n')
+    status, text = run(capsys, tmp_path / 'head.csv')
+    assert status == 1 and text.endswith('no map is written: see above why\n')
+
+
+def test_a_tile_size_is_proposed_from_what_would_be_folded(tmp_path, capsys):
+    points = np.random.default_rng(0).uniform(0, 7, (2, 41, 3))
+    rows = [('/lidar', 1.0 + n, cloud(points[n], 'odom')) for n in range(2)]
+    command = ['evaluate', 'tile-size', str(write_bag(tmp_path / 'bag', rows))]
+    assert cli.main(command) == 1
+    said = capsys.readouterr()
+    assert 'left out     82 points (no_transform)\n' in said.out
+    assert "[no_transform] /lidar: 'odom' and 'map' are not connected in the bag" in said.out
+    assert said.err.endswith('no point can be used: see above why\n')
+    (tmp_path / 'node.yaml').write_text('/**:\n  ros__parameters: {map_frame: odom}\n')
+    for parameters in (['-p', 'map_frame:=odom'], ['--params-file', 'node.yaml']):
+        assert cli.main([*command, *parameters]) == 0
+        assert 'tile_size: ' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ('values', 'said'),
     [
@@ -201,8 +225,14 @@ def test_a_file_that_is_there_is_kept(bag, capsys, tmp_path):
     status, text = run(capsys, bag[0])
     assert status == 1 and 'is there already; expected another --out, or --overwrite' in text
     assert (tmp_path / 'bag.safetensors').read_text() == 'mine'
-    status, text = run(capsys, bag[0], '--out', 'no/map.safetensors')
-    assert status == 1 and 'there is no folder no' in text
+    (tmp_path / 'folder.safetensors').mkdir()
+    for out, words in (
+        ('no/map.safetensors', 'there is no folder no'),
+        ('folder.safetensors', 'folder.safetensors is a folder; expected the name of a file'),
+        ('map.csv', 'expected a name that ends in .safetensors'),
+    ):
+        status, text = run(capsys, bag[0], '--overwrite', '--out', out)
+        assert status == 1 and words in text and 'folded' not in text
 
 
 def test_the_map_is_saved_when_it_is_interrupted(bag, capsys, monkeypatch):
@@ -299,7 +329,7 @@ def test_when_it_is_stopped_what_is_folded_until_then_is_the_map(bag, client, mo
 
 def test_a_scheduler_that_does_not_answer_is_named(monkeypatch):
     pytest.importorskip('distributed')
-    for address in ('tcp://127.0.0.1:9', 'nonsense://a'):
+    for address in ('tcp://127.0.0.1:9', 'nonsense://a', 'foo'):
         with pytest.raises(CMANPError, match=f'--scheduler {address}: .*expected processes'):
             with shards.cluster(address, timeout_sec=0.5):
                 pass
@@ -307,6 +337,15 @@ def test_a_scheduler_that_does_not_answer_is_named(monkeypatch):
     with pytest.raises(CMANPError, match=r"pip install 'dask\[distributed\]'"):
         with shards.cluster('processes'):
             pass
+
+
+def test_no_address_is_refused_at_once_and_in_a_line(tmp_path):
+    pytest.importorskip('distributed')
+    (tmp_path / 'a.csv').write_text('x,y,depth\n1,2,3\n')
+    command = [sys.executable, '-m', 'cmanp_ros.cli', 'replay', 'a.csv', '--scheduler', 'foo']
+    found = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert found.returncode == 1 and found.stderr.count('\n') == 1, found.stderr
+    assert "--scheduler foo: missing port number in address 'foo'" in found.stderr
 
 
 def test_processes_of_this_machine_fold(tmp_path):
