@@ -114,7 +114,7 @@ class NeuralField:
         :raises CheckpointError: for a file that cannot be used.
         :raises ConfigError: for bounds, units or a device that cannot be used.
         """
-        model = _load_model(checkpoint, device)
+        model = files.load_model(checkpoint or 'field', device)
         geometry = OneTile(*bounds)
         if not one_tile:
             size = _tile_size(*bounds) if tile_size is None else tile_size
@@ -420,7 +420,7 @@ class NeuralField:
         :param checkpoint: the model that folded it; None: the default.
         :raises CheckpointError: for a file that cannot be used.
         """
-        model = _load_model(checkpoint, device)
+        model = files.load_model(checkpoint or 'field', device)
         keys, state, header = files.load_map(path, model)
         field = cls(
             model,
@@ -659,10 +659,6 @@ class NeuralField:
 def _tile_size(lower, upper):
     """Return the spacing of the finest tiles [m] for bounds."""
     return float(max(np.subtract(upper, lower))) / TILES_PER_SIDE
-
-
-def _load_model(checkpoint, device):
-    return files.load_model('field' if checkpoint is None else checkpoint, device)
 
 
 def _as_floats(value, name):
