@@ -279,7 +279,8 @@ class NodeParameters:
     )
     grid_resolution: float = _parameter(
         0.5,
-        'Size of a cell of the published grid.',
+        'Size of a cell of the published grid, whose cost grows with the inverse square of it: '
+        '40,000 cells take some four seconds on one core.',
         'm/cell',
         1e-4,
         1e6,
@@ -295,7 +296,8 @@ class NodeParameters:
     )
     publish_rate: float = _parameter(
         1.0,
-        'How often the grid is published if it changed and somebody listens; 0: never.',
+        'How often the grid is published if it changed and somebody listens, at most: a large '
+        'grid takes longer; 0: never.',
         'Hz',
         0.0,
         100.0,
