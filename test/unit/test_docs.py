@@ -126,6 +126,44 @@ def test_links_lead_somewhere():
     assert count > 30
 
 
+PROMISED = re.compile(r'(?:\b(test_\w+\.py)(?:\]\([^)]*\))?)?(?:::(test_\w+))?')  # a file, a test
+
+
+def promised(text):
+    """Return (file, test) of all tests that a page names; '' where it names a whole file."""
+    names, file = [], ''
+    for found, test in PROMISED.findall(text):
+        file = found or file
+        if found or test:
+            names.append((file, test))
+    return names
+
+
+def not_there(names):
+    """Return those of `promised` that do not exist."""
+    files = {path.name: path for path in (ROOT / 'test').rglob('test_*.py')}
+    existing = {
+        (name, test)
+        for name, path in files.items()
+        for test in ('', *re.findall(r'def (test_\w+)\(', path.read_text(encoding='utf-8')))
+    }
+    return [name for name in names if name not in existing]
+
+
+def test_tests_that_are_promised_exist():
+    text = (DOCS / 'reliability.md').read_text(encoding='utf-8')
+    names = promised(text)
+    assert {test for _, test in names} >= set(re.findall(r'\btest_\w+(?!\w|\.py)', text))
+    assert len(set(names)) > 70
+    assert not_there(names) == []
+
+
+def test_a_promised_test_that_does_not_exist_would_be_found():
+    text = '[test_docs.py](../test/unit/test_docs.py)::test_no_such, ::test_links_lead_somewhere'
+    assert not_there(promised(text)) == [('test_docs.py', 'test_no_such')]
+    assert not_there(promised('see test_no_such.py')) == [('test_no_such.py', '')]
+
+
 def test_tables_made_from_the_code_are_up_to_date():
     script = runpy.run_path(str(ROOT / 'scripts' / 'write_docs.py'))
     for page in ('parameters.md', 'architecture.md'):
