@@ -193,7 +193,8 @@ class NodeParameters:
     )
     max_tiles: int = _parameter(
         2048,
-        'Tiles kept in memory; beyond it the least recently used go to the store.',
+        'Tiles kept in memory, of 70 to 140 kB each; beyond it the least recently used go to the '
+        'store.',
         'tiles',
         128,
         10000000,
