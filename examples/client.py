@@ -19,7 +19,8 @@ def main():
     client = node.create_client(Predict, 'cmanp/predict')
     request = Predict.Request(dim_x=2, x=[1.0, 2.0, 3.0, 4.0])  # [m] two locations
     request.header.frame_id = 'map'
-    client.wait_for_service()
+    if not client.wait_for_service(timeout_sec=5):
+        raise SystemExit('nobody answers cmanp/predict: run cmanp doctor')
     future = client.call_async(request)
     rclpy.spin_until_future_complete(node, future)
     response = future.result()

@@ -2,6 +2,7 @@
 // standard deviation of a reading there, such as
 //
 //     (1, 2): 12.31 +- 0.42
+#include <chrono>
 #include <cstdio>
 #include <memory>
 
@@ -17,7 +18,10 @@ int main(int argc, char ** argv)
   request->header.frame_id = "map";
   request->dim_x = 2;
   request->x = {1.0F, 2.0F, 3.0F, 4.0F};  // [m] two locations
-  client->wait_for_service();
+  if (!client->wait_for_service(std::chrono::seconds(5))) {
+    std::fprintf(stderr, "nobody answers cmanp/predict: run cmanp doctor\n");
+    return 1;
+  }
   auto future = client->async_send_request(request);
   if (rclcpp::spin_until_future_complete(node, future) != rclcpp::FutureReturnCode::SUCCESS) {
     return 1;

@@ -66,6 +66,11 @@ def test_client_gets_an_answer(asked):
     check_answer(asked(sys.executable, EXAMPLES / 'client.py'))
 
 
+def test_client_that_nobody_answers_says_so(domain_id):
+    with pytest.raises(AssertionError, match='^nobody answers cmanp/predict: run cmanp doctor'):
+        run(sys.executable, EXAMPLES / 'client.py', ROS_DOMAIN_ID=str(domain_id))
+
+
 def rclcpp_is_here():
     """Tell whether C++ nodes can be built."""
     prefixes = [*os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep), sys.prefix]
