@@ -370,7 +370,7 @@ class NodeParameters:
         "Topics with the states of other robots, such as '/robot2/cmanp/state', which are merged.",
     )
     state_rate: float = _parameter(
-        0.0, 'How often ~/state is published; 0: only on request.', 'Hz', 0.0, 100.0
+        0.0, 'How often ~/state is published, 44 kB a tile; 0: only on request.', 'Hz', 0.0, 100.0
     )
     on_clock_jump: str = _parameter(
         'keep',
