@@ -110,6 +110,9 @@ table of ablations below has fields for which it is not.
 
 ![Samples of CMANP-AND and of both memories, fed back block by block](images/gp1d_samples.png)
 
+Three curves, and what `gp1d_and` and `gp1d` sample of each; the gray band is the mean ± 2 standard
+deviations of a reading at each x alone (`--picture`).
+
 ## What each part adds
 
     python scripts/ablate.py

@@ -254,10 +254,22 @@ def draw_samples(models: dict[str, CMANP], path, num_curves: int = 3, num_sample
         drawn = drawn[:, :, order.argsort(), 0]
         for curve, panel in enumerate(row):
             mean, stddev = found.mean[curve, :, 0], found.stddev[curve, :, 0]
-            panel.fill_between(grid, mean - 2 * stddev, mean + 2 * stddev, color='0.88', lw=0)
-            panel.plot(grid, drawn[:, curve].T, lw=0.9, color='#3b6fb6', alpha=0.7)
-            panel.plot(x[curve, :, 0], y[curve, :, 0], 'o', ms=4, color='black')
+            band = panel.fill_between(
+                grid, mean - 2 * stddev, mean + 2 * stddev, color='0.88', lw=0
+            )
+            lines = panel.plot(grid, drawn[:, curve].T, lw=0.9, color='#3b6fb6', alpha=0.7)
+            (dots,) = panel.plot(x[curve, :, 0], y[curve, :, 0], 'o', ms=4, color='black')
             panel.spines[['top', 'right']].set_visible(False)
-        row[0].set_ylabel(name)
+        row[0].set_ylabel(f'{name}: y')
+    for curve in range(num_curves):
+        axes[0, curve].set_title(f'curve {curve + 1}', fontsize='medium')
+        axes[-1, curve].set_xlabel('x')
+    figure.legend(
+        [dots, lines[0], band],
+        ['observed', f'{num_samples} samples', 'mean ± 2 standard deviations, each x alone'],
+        loc='outside lower center',
+        ncols=3,
+        frameon=False,
+    )
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

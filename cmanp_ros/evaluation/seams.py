@@ -88,25 +88,36 @@ def fields(model, num: int, num_context: int, seed: int, tile_size: float = TILE
 
 
 def draw(field: NeuralField, path, lower: float = -2.0, upper: float = 2.0, size: int = 200):
-    """Draw mean and standard deviation, and hill-shading, in which a seam would catch the eye."""
+    """
+    Draw mean and standard deviation, and hill-shading, in which a seam would catch the eye.
+
+    :param field: a map of a window of terrain, in the units of the window.
+    """
     import matplotlib
 
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
     from matplotlib.colors import LightSource
 
+    from cmanp_ros.plots.style import ERROR_MAP, HEIGHT_MAP
+
     axis = np.linspace(lower, upper, size)
     x = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
     mean, stddev = (part[:, 0].reshape(size, size) for part in field.predict(x))
-    shade = LightSource(315, 40).hillshade(mean, vert_exag=size / (upper - lower), dx=1, dy=1)
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout='constrained')
-    for panel, values, title, colors in (
-        (axes[0], mean, 'mean', 'terrain'),
-        (axes[1], shade, 'mean, lit from the side', 'gray'),
-        (axes[2], stddev, 'standard deviation', 'viridis'),
+    cell = (upper - lower) / (size - 1)
+    slope = np.hypot(*np.gradient(mean, cell))
+    flatter = 1 / np.percentile(slope, 90)  # or most of it would be black or white
+    shade = LightSource(315, 45).hillshade(mean, flatter, dx=cell, dy=-cell)  # rows go north
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), sharey=True, layout='constrained')
+    for panel, values, title, unit, colors in (
+        (axes[0], mean, 'mean', 'height [units of the window]', HEIGHT_MAP),
+        (axes[1], shade, 'mean, lit from the north-west', '', 'gray'),
+        (axes[2], stddev, 'standard deviation', 'of a reading [units of the window]', ERROR_MAP),
     ):
         image = panel.imshow(values, origin='lower', extent=(lower, upper) * 2, cmap=colors)
-        panel.set_title(title)
-        figure.colorbar(image, ax=panel, shrink=0.8)
+        panel.set(title=title, xlabel='x [units of the window]')
+        if unit:
+            figure.colorbar(image, ax=panel, shrink=0.8, label=unit)
+    axes[0].set_ylabel('y [units of the window]')
     figure.savefig(path, dpi=120)
     plt.close(figure)
