@@ -281,7 +281,7 @@ class NodeParameters:
     grid_resolution: float = _parameter(
         0.5,
         'Size of a cell of the published grid, whose cost grows with the inverse square of it: '
-        '40,000 cells take some four seconds on one core.',
+        '40,000 cells take some four seconds.',
         'm/cell',
         1e-4,
         1e6,
