@@ -52,7 +52,8 @@ def load_model(path_or_name='field', device='cpu') -> CMANP:
     :raises CheckpointError: for a missing, damaged or foreign file, or weights that do not fit.
     :raises ConfigError: for a device that cannot be used.
     """
-    device, path = usable_device(device), _find(path_or_name)
+    device = usable_device(device)
+    path = _find(path_or_name)
     tensors, header = _read(path, MODEL)
     try:
         model = CMANP(CMANPConfig.from_dict(header['config']))
@@ -71,8 +72,10 @@ def usable_device(device) -> torch.device:
     :raises ConfigError: for one on which nothing can be computed here.
     """
     try:
-        return torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
+        found = torch.zeros(1, device=device)
+        found.item()
+        return found.device
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).partition('\n')[0]
         raise ConfigError(
             f"device {str(device)!r} cannot be used here ({reason}); 'cpu' always can"

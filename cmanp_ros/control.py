@@ -167,7 +167,7 @@ class Control:
         def undo():
             node, now = self._node, time.monotonic()
             taken, seconds = node.fleet.own.undo(request.seconds, now)
-            if not seconds:
+            if seconds is None:
                 raise InputError(
                     'nothing to take back: nothing was folded since the start, or since the last '
                     'reset or load, beyond which no undo goes; load a saved map instead'

@@ -188,7 +188,7 @@ class NeuralField:
 
     @property
     def num_far_off(self) -> int:
-        """Observations that the last predictions left out: blunders, as far as can be told."""
+        """Observations that the last predictions left out, less what was forgotten: blunders."""
         return self.world.num_far_off
 
     @property
@@ -210,8 +210,8 @@ class NeuralField:
         """
         if len(x) <= size:
             return [np.arange(len(x))] if len(x) else []
-        order = self.geometry.order(self._tensor(_as_matrix(x, self.geometry.dim_x, 'x'))).cpu()
-        order = order.numpy()
+        x = self._tensor(_as_matrix(x, self.geometry.dim_x, 'x'))
+        order = self.geometry.order(x).cpu().numpy()
         return np.split(order, range(size, len(order), size))
 
     def observe(self, x, y) -> Observed:
@@ -289,7 +289,7 @@ class NeuralField:
         tiles = self.world.tiles
         return tiles.history is not None and tiles.history.mark(now, tiles.totals)
 
-    def undo(self, seconds: float, now: float) -> tuple[int, float]:
+    def undo(self, seconds: float, now: float) -> tuple[int, float | None]:
         """
         Take back the observations and merges of the last seconds: the map is, to the bit, as then.
 
@@ -299,15 +299,13 @@ class NeuralField:
         history.
 
         :param now: [s] on the clock of `mark`.
-        :return: number of observations and [s] really taken back; 0 and 0.0 without a mark.
+        :return: number of observations and [s] really taken back; 0 and None without a mark.
         :raises InputError: for a time that is not positive, or without a window.
         :raises CheckpointError: when the store cannot be written; nothing is changed then.
         """
         before = self.num_observations
         went_back = self.world.undo(seconds, now)
-        if went_back is None:
-            return 0, 0.0
-        self._version += 1
+        self._version += went_back is not None
         return before - self.num_observations, went_back
 
     def forget(self, dt_sec: float):
@@ -390,7 +388,7 @@ class NeuralField:
         with torch.inference_mode():
             keys, state = self.world.export()
         more = {name: getattr(self, name) for name in ('num_observations', 'robots')}
-        more |= {'extra': json.loads(json.dumps(extra, default=_plain))}
+        more |= {'extra': _plain(extra)}
         return keys, state, self._identity() | more
 
     def read(self, data: bytes, source='the map') -> tuple['NeuralField', dict]:
@@ -667,7 +665,7 @@ def _as_floats(value, name):
         if isinstance(value, np.ma.MaskedArray):
             value = value.astype(np.float64).filled(np.nan)
         value = np.asarray(value, np.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InputError(f'{name} cannot be read as numbers ({error})') from error
     return np.require(value, requirements='CW')
 
@@ -679,11 +677,14 @@ def _as_matrix(value, columns, name):
     return value
 
 
-def _plain(value):
-    """Return a number of numpy as JSON takes it."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise InputError(f'{value!r} cannot be saved: expected text, numbers, or lists of them')
+def _plain(values):
+    """Return plain values of which some may be of numpy, as JSON takes them."""
+    try:
+        return json.loads(json.dumps(values, default=np.generic.item))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f'{values} cannot be saved ({error}): expected text, numbers, or lists of them'
+        ) from error
 
 
 def _numpy(tensor):

@@ -14,6 +14,7 @@ from cmanp_ros.core.errors import InputError
 from cmanp_ros.field import LARGEST_VALUE, NeuralField, Observed
 from cmanp_ros.maps import MapError, Provenance
 
+LATE = 60 * 10**9  # [ns] a map may be under way; clocks that are set back are further off
 MAX_PEERS = 32  # a stranger who invents robots shall not fill the memory
 
 
@@ -194,10 +195,11 @@ class Fleet:
         """
         Tell whether a map replaces an older one of the robot.
 
-        So it does with a smaller sequence that grows again: the robot started anew, and its clock
-        was set back (some have none that runs while they are off).
+        So it does with a far smaller sequence that grows again: the robot started anew, and its
+        clock was set back (some have none that runs while they are off).
         """
-        grows_again = older.older is not None and older.older < sequence < older.sequence
+        before = older.older
+        grows_again = before is not None and before < sequence < older.sequence - LATE
         return sequence > older.sequence or grows_again
 
     def _refusal(self, robot, field):

@@ -345,7 +345,7 @@ def _made(arguments):
     :raises ConfigError: for arguments or files of parameters that ROS cannot read, too.
     """
     try:
-        _, *others = remove_ros_args(arguments)
+        others = remove_ros_args(arguments)[1:]
         if others:  # ROS would pass over them
             raise ConfigError(f'{shlex.join(others)}: expected it after --ros-args')
         rclpy.init(args=arguments)
@@ -354,11 +354,12 @@ def _made(arguments):
         raise ConfigError(conversions.one_line(str(error))) from error
     name = node.get_fully_qualified_name()
     for option, file in pairwise(sys.argv if arguments is None else arguments):
-        if option == '--params-file' and not parameter_file.is_for(file, name):
-            node.get_logger().warning(
-                f"nothing in '{file}' is for {name}: its parameters have their defaults; "
-                'what is for any namespace stands below /**:'
-            )
+        with contextlib.suppress(ConfigError):  # ROS could read it
+            if option == '--params-file' and not parameter_file.is_for(file, name):
+                node.get_logger().warning(
+                    f"nothing in '{file}' is for {name}: its parameters have their defaults; "
+                    'what is for any namespace stands below /**:'
+                )
     return node
 
 

@@ -89,5 +89,5 @@ def _flat(values: Mapping, start: str = '') -> Iterator[tuple[str, Any]]:
 def _parsed(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # such as a date that is none
         raise ConfigError(f'{where}: {error}; expected YAML') from error

@@ -280,8 +280,8 @@ class NodeParameters:
     )
     grid_resolution: float = _parameter(
         0.5,
-        'Size of a cell of the published grid, whose cost grows with the inverse square of it: '
-        '40,000 cells take some four seconds.',
+        'Size of a cell of the published grid. 40,000 cells take some four seconds, 6,400 one to '
+        'three: tiles that changed are solved for any.',
         'm/cell',
         1e-4,
         1e6,

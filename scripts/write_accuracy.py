@@ -179,11 +179,11 @@ number of observations](images/real.png)
 
 ## What was tuned on what
 
-Tuning was done on synthetic fields, on draws of a Matern
-GP and on windows of `topobathy.npz` (matplotlib), with exceptions, so take the last digits with
-care. The terrain above was scored once with 8 functions per axis, levels a factor of 4 apart and
-tiles of 0.3 (RMSE at N = 256 was 1.08 times the GP's); that showed the gap between levels, and 10
-functions, a factor of 3 and smaller tiles were then chosen on the other data. The prior
+Tuning was done on synthetic fields, on draws of a Matern GP and on windows of `topobathy.npz`
+(matplotlib). The exceptions: the terrain above was scored once with 8 functions per axis, levels a
+factor of 4 apart and tiles of 0.3 (RMSE at N = 256 was 1.08 times the GP's); that showed the gap
+between levels, and 10 functions, a factor of 3 and smaller tiles were then chosen on the other
+data. The prior
 of the amplitude, `points_per_voxel`, the level factor and (earlier weights) tiles of 10 to 60 km
 were also looked at on 2,000 to 4,000 of the soundings above, from numbers 20,000 and 50,000.
 

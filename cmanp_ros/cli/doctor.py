@@ -229,7 +229,7 @@ class Visit:
     @property
     def map_frame(self) -> str:
         """Return the frame of the map."""
-        return self.parameters.map_frame.strip('/')
+        return self.parameters.map_frame
 
     # Parts of them ---------------------------------------------------------------------------
 

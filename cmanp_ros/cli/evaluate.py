@@ -1,6 +1,7 @@
 """`cmanp evaluate`: accuracy beside what others would use, and a tile size for recorded data."""
 
 import argparse
+import json
 from functools import partial
 from pathlib import Path
 
@@ -330,7 +331,7 @@ def _tile_size(options):
 
     settings = [*options.parameter]
     if options.checkpoint:
-        settings.append(f'checkpoint:={options.checkpoint}')
+        settings.append(f'checkpoint:={json.dumps(options.checkpoint)}')
     parameters = parameter_file.read(options.params_file, settings)
     _check_model(parameters.checkpoint, options.study)
     with Recording(options.file, options.source, parameters=parameters) as recording:

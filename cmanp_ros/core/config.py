@@ -266,7 +266,7 @@ def _require_types(config):
             _require(isinstance(value, bool), field.name, value, 'true or false')
         elif field.type in (float, float | None):
             if isinstance(value, str):
-                with suppress(ValueError):
+                with suppress(ValueError, OverflowError):
                     value = float(value)
                     object.__setattr__(config, field.name, value)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -280,8 +280,10 @@ def _numbers(config, name):
     """
     values = getattr(config, name)
     try:
+        if isinstance(values, str) or any(isinstance(value, bool) for value in values):
+            raise TypeError
         numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f'{name} is {values!r}, expected numbers') from None
     object.__setattr__(config, name, numbers)
     return numbers

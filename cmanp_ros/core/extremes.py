@@ -2,8 +2,9 @@
 Extremes: the highest and the lowest observation of each voxel, as they are.
 
 Sums alone cannot tell a blunder from noise; blunders are among these. Which observations are kept
-does not depend on order or batches. What fades gives way to newer ones, bit by bit: it counts as
-less far out by the logarithm of its weight, which keeps its order among others that fade with it.
+does not depend on order or batches (but for rounding between equals that faded). What fades gives
+way to newer ones, bit by bit: it counts as less far out by the logarithm of its weight, which
+keeps its order among others that fade with it.
 """
 
 from typing import NamedTuple

@@ -24,7 +24,7 @@ class Normalization:
         given = self.value_offset, self.value_scale
         try:
             offset, scale = map(float, given)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             offset = scale = np.nan
         if not (np.isfinite(offset) and 0 < scale < np.inf):
             raise ConfigError(

@@ -240,6 +240,7 @@ def draw_samples(models: dict[str, CMANP], path, num_curves: int = 3, num_sample
         num_curves,
         figsize=(3.6 * num_curves, 2.4 * len(models)),
         sharex=True,
+        sharey='col',
         squeeze=False,
         layout='constrained',
     )

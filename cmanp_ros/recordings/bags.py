@@ -99,7 +99,7 @@ class Bags:
             losses.reject_points(reading.rejected)
             x, y, frame = reading.x, reading.y, message.header.frame_id.strip('/')
             num_points = len(x)
-            if frame != self._map_frame.strip('/'):
+            if frame != self._map_frame:
                 check_header(frame, message.header.stamp, self._map_frame)
                 motion = self._transforms.motion(self._map_frame, frame, stamp)
                 x, y = reader.in_map(x, y, reading.value_is_height, *motion)

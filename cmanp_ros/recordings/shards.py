@@ -99,7 +99,7 @@ def cluster(scheduler: str, timeout_sec: float = 10.0) -> Iterator:
         if scheduler != 'processes':  # a client that finds out itself hangs when it is collected
             distributed.comm.get_address_host_port(scheduler)
         client = distributed.Client(**options, set_as_default=False)
-    except (OSError, ValueError, MemoryError) as error:  # the words of another server as a length
+    except (OSError, ValueError, MemoryError) as error:  # another server's bytes, as a length
         raise CMANPError(
             f'--scheduler {scheduler}: {error}; expected processes, or the address of a running '
             'dask scheduler, such as tcp://host:8786'

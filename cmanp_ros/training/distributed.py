@@ -45,6 +45,14 @@ def average(tensors):
         tensor /= distributed.get_world_size()
 
 
+def wait():
+    """
+    Wait until all processes are here.
+    """
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
 def any_says(flag: bool) -> bool:
     """
     Return whether any of the processes says so, the same in all of them.

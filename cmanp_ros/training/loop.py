@@ -68,7 +68,7 @@ def train(
     is_first = part[0] == 0
     if is_first:
         _check(folder, recipe)
-    distributed.any_says(False)  # or others would make batches before the folder is checked
+    distributed.wait()  # or others would make batches before the folder is checked
     torch.manual_seed(recipe.seed)
     model = (_new_model(recipe) if model is None else model).to(device)
     optimizer = torch.optim.AdamW(

@@ -79,14 +79,15 @@ class MapPrior:
             object.__setattr__(self, name, _range(name, getattr(self, name)))
         for name in ('heavy_tails', 'uneven_noise', 'step_edge', 'trend'):
             found = getattr(self, name)
-            if not isinstance(found, int | float) or not 0 <= found <= 1:
+            is_number = isinstance(found, int | float) and not isinstance(found, bool)
+            if not is_number or not 0 <= found <= 1:
                 raise ConfigError(f'{name} is {found!r}, expected a share between 0 and 1')
         if not _are_among(self.log_uniform, HYPER):
             found = _plain(self.log_uniform)
             raise ConfigError(f'log_uniform is {found}, expected some of {list(HYPER)}')
         if isinstance(self.num_target, tuple):
             object.__setattr__(self, 'num_target', _range('num_target', self.num_target))
-        elif not isinstance(self.num_target, int) or self.num_target < 1:
+        elif type(self.num_target) is not int or self.num_target < 1:
             raise ConfigError(f'num_target is {self.num_target!r}, expected at least 1')
 
     @classmethod

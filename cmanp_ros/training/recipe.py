@@ -193,7 +193,7 @@ def _number(name, value):
     try:
         if not isinstance(value, bool):
             return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise ConfigError(f'{name} is {value!r}, expected a number')
 

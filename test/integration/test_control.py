@@ -451,13 +451,12 @@ def test_loading_what_was_saved_ends_the_fault_of_saving(
 def test_refused_requests_say_what_the_map_holds_all_the_same(start_node, client, tmp_path):
     node = start_node(state_directory=str(tmp_path))
     publish(client, node, cloud(scattered(53)))
-    for name, asked in (
-        ('load_state', LoadState.Request(name='none')),
-        ('merge_state', MergeState.Request(name='none')),
-        ('undo', Undo.Request(seconds=3.0)),
+    for service, name, asked in (
+        (LoadState, 'load_state', {'name': 'none'}),
+        (MergeState, 'merge_state', {'name': 'none'}),
+        (Undo, 'undo', {'seconds': 3.0}),
     ):
-        service = {'load_state': LoadState, 'merge_state': MergeState, 'undo': Undo}[name]
-        answer = client.call(service, f'cmanp/{name}', asked)
+        answer = client.call(service, f'cmanp/{name}', service.Request(**asked))
         assert not answer.success
         assert (answer.num_observations, answer.num_tiles) == (
             node.field.num_observations,

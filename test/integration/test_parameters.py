@@ -512,11 +512,13 @@ def test_file_that_is_none_of_parameters_ends_the_node_with_a_line(tmp_path, tex
 
 @pytest.mark.parametrize('section', ['/**', '/*/*', '/a/**', '/**/n', '/a/b/n', '/a/*/n', 'n'])
 @pytest.mark.parametrize('namespace', ['/', '/a', '/a/b'])
-def test_a_section_is_for_a_node_exactly_when_rcl_says_so(tmp_path, section, namespace):
+def test_a_section_is_for_a_node_exactly_when_rcl_says_so(domain_id, tmp_path, section, namespace):
     file = tmp_path / 'some.yaml'
     file.write_text(yaml.safe_dump({section: {'ros__parameters': {'probe': 1}}}))
     context = Context()
-    rclpy.init(args=['--ros-args', '--params-file', str(file)], context=context, domain_id=84)
+    rclpy.init(
+        args=['--ros-args', '--params-file', str(file)], context=context, domain_id=domain_id
+    )
     try:
         node = Node('n', namespace=namespace, context=context)
         arrived = 'probe' in node._parameter_overrides
@@ -526,13 +528,21 @@ def test_a_section_is_for_a_node_exactly_when_rcl_says_so(tmp_path, section, nam
     assert parameter_file.is_for(file, f'{namespace.rstrip("/")}/n') == arrived
 
 
-def test_file_with_nothing_for_the_node_is_a_warning(tmp_path):
+@pytest.mark.parametrize(
+    ('text', 'is_said'),
+    [
+        ('cmanp_node:\n  ros__parameters:\n    grid_resolution: 0.25\n', True),
+        ('other:\n  ros__parameters:\n    note: 2024-02-30\n', False),  # ROS can read it
+    ],
+)
+def test_file_with_nothing_for_the_node_is_a_warning(tmp_path, text, is_said):
     file = tmp_path / 'mine.yaml'
-    file.write_text('cmanp_node:\n  ros__parameters:\n    grid_resolution: 0.25\n')
+    file.write_text(text)
     command = [sys.executable, '-m', 'cmanp_ros.cli', 'node', '--ros-args', '--params-file', file]
     command += ['-r', '__ns:=/robot1', '-p', 'checkpoint:=nowhere']  # it ends by itself
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert f"nothing in '{file}' is for /robot1/cmanp: its parameters have" in done.stderr
+    said = f"nothing in '{file}' is for /robot1/cmanp: its parameters have"
+    assert (said in done.stderr) == is_said and "no checkpoint 'nowhere'" in done.stderr
 
 
 @pytest.mark.parametrize('arguments', [['-p', 'tile_size:=3.0'], ['foo', '--ros-args']])

@@ -124,8 +124,10 @@ def test_units_of_any_kind_of_number_can_be_saved(checkpoint, tmp_path, kind):
     assert NeuralField.restore(tmp_path / 'map.safetensors', checkpoint).normalization == (
         Normalization(300.0, 20.0)
     )
-    with pytest.raises(InputError, match='cannot be saved: expected text, numbers'):
+    with pytest.raises(InputError, match='cannot be saved .* expected text, numbers'):
         field.save(tmp_path / 'map.safetensors', stamp=object())
+    with pytest.raises(InputError, match='cannot be saved'):
+        field.save(tmp_path / 'map.safetensors', stamp={(1, 2): 3})
 
 
 def test_arrays_of_all_kinds_are_read_as_they_are(load_tiles):
@@ -174,8 +176,7 @@ def test_nothing_is_known_where_nothing_can_be_observed(load):
     assert field.is_known(x).all()
     nowhere = np.array([[np.nan, 0.0], [1e30, 0.0]])
     assert not field.is_known(nowhere).any()
-    outside = field.status([[900.0, 0.0]]) == OUTSIDE
-    assert not (field.is_known([[900.0, 0.0]]) & outside).any()
+    assert not field.is_known([[900.0, 0.0]]).any()
 
 
 @pytest.mark.parametrize('given', [{'num_samples': -1}, {'num_samples': 1.5}, {'seed': -1}])

@@ -112,12 +112,23 @@ def test_what_cannot_be_used_is_counted_once_and_folded_nowhere():
 
 def test_a_robot_whose_clock_was_set_back_over_a_restart_is_heard_again():
     own, left = fleet_of(0), fleet_of(1)
-    assert send(left, own, now=1000).reason is None
+    assert send(left, own, now=10**18).reason is None
     again = Fleet(left.own, 'map', now=10)  # no battery keeps its clock
     again.observe(*walk(2))
     assert [send(again, own).reason for _ in range(3)] == ['old', None, None]
     assert_saw(own.combined, 0, 1, 2)
     assert own.receive(left.own.robots[0], 5, b'').reason == 'old'
+
+
+def test_late_maps_in_their_order_do_not_replace_a_newer_one():
+    own, left, sent = fleet_of(0), fleet_of(1), []
+    for place in (2, 3, 4, 5):
+        sent.append(left.state(PROVENANCE, 10**18))
+        left.observe(*walk(place))
+    *late, newest = sent
+    assert own.receive(newest.robot, newest.sequence, newest.data).reason is None
+    for each in late:
+        assert own.receive(each.robot, each.sequence, each.data).reason == 'old'
 
 
 def test_maps_that_arrive_twice_late_or_from_oneself_change_nothing():

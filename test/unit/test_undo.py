@@ -127,7 +127,7 @@ def test_any_course_of_events_is_that_of_whole_copies(seed, tmp_path):
             seconds = float(random.uniform(1, 60))
             old = [time for time in copies if time <= now - seconds]
             mark = max(old) if old else min(copies, default=None)
-            assert field.undo(seconds, now)[1] == (0.0 if mark is None else now - mark)
+            assert field.undo(seconds, now)[1] == (None if mark is None else now - mark)
             if mark is not None:
                 copies = {time: copy for time, copy in copies.items() if time <= mark}
                 assert_same_bits(content(field), copies[mark])
@@ -183,7 +183,7 @@ def test_before_the_first_mark_nothing_is_taken_back():
     field = field_of()
     field.observe(*walk(0))
     before, version = content(field), field.version
-    assert field.undo(10.0, now=60.0) == (0, 0.0)
+    assert field.undo(10.0, now=60.0) == (0, None)
     assert field.version == version
     assert_same_bits(content(field), before)
 
@@ -232,7 +232,7 @@ def test_copies_are_bounded_and_the_oldest_marks_go_first():
     assert field.undo(1e3, now=70.0) == (3 * 13, 30.0)
     history.max_tiles = 1
     field.observe(*walk(0))
-    assert (history.nbytes, field.undo(1e3, now=70.0)) == (0, (0, 0.0))
+    assert (history.nbytes, field.undo(1e3, now=70.0)) == (0, (0, None))
 
 
 @STORES
@@ -296,11 +296,11 @@ def test_reset_and_load_begin_a_new_history(paged, tmp_path):
     own = field.robots
     field.reset()
     assert (field.num_observations, field.robots) == (0, own)
-    assert field.undo(10.0, now=40.0) == (0, 0.0)
+    assert field.undo(10.0, now=40.0) == (0, None)
     drive(field, range(5, 7))
     other.observe(*walk(1))
     field.replace_with(other)
-    assert field.undo(10.0, now=80.0) == (0, 0.0)
+    assert field.undo(10.0, now=80.0) == (0, None)
     assert_same_bits(content(field), content(other))
 
 
