@@ -11,9 +11,10 @@ from safetensors import safe_open
 from cmanp_ros import parameter_file
 from cmanp_ros.checkpoint import OtherWeightsError
 from cmanp_ros.cli import replay
-from cmanp_ros.cli.options import PICTURES, check_output
+from cmanp_ros.cli.options import PICTURES, check_output, number
 from cmanp_ros.cli.progress import progress_for
 from cmanp_ros.core.errors import CheckpointError, CMANPError, ConfigError, InputError
+from cmanp_ros.core.lattice import check_bounds
 from cmanp_ros.field import NeuralField
 from cmanp_ros.optional import library
 from cmanp_ros.plots import geotiff, ply, raster
@@ -49,6 +50,8 @@ def main(arguments) -> int:
     name = Path(options.files[0]).resolve().name.split('.')[0]
     outputs = [Path(out) for out in options.out or [f'{name}.png']]
     _check_outputs(outputs)
+    if options.bounds:
+        check_bounds(options.bounds[:2], options.bounds[2:])
     drawn = _restored(options) if _is_map(options) else _folded(options)
     raster.check(drawn.field)
     surface = _surface(drawn.field, options)
@@ -81,7 +84,8 @@ def _parser():
         help='.png, .pdf, .svg, .tif (GeoTIFF) or .ply, more than once for several; '
         'default: name of the first file.png',
     )
-    add('--resolution', type=float, metavar='M', help='[m/cell]; default: a fifth of a tile')
+    sizes = number(float, 1e-4, 1e6)
+    add('--resolution', type=sizes, metavar='M', help='[m/cell]; default: a fifth of a tile')
     add(
         '--bounds',
         type=float,
