@@ -41,8 +41,18 @@ class Received(NamedTuple):
 class _Peer(NamedTuple):
     sequence: int
     field: NeuralField
-    older: int | None = None
+    late: int | None = None
     """Sequence of an older map that came since."""
+
+    def is_replaced_by(self, sequence: int) -> bool:
+        """
+        Tell whether a map replaces this one of the same robot.
+
+        So it does with a far smaller sequence that grows again: the robot started anew, and its
+        clock was set back (some have none that runs while they are off).
+        """
+        grows_again = self.late is not None and self.late < sequence < self.sequence - LATE
+        return sequence > self.sequence or grows_again
 
 
 class Fleet:
@@ -168,9 +178,9 @@ class Fleet:
                 '(restore, store)',
             )
         older = self._peers.get(robot)
-        if older is not None and not self._is_newer(older, sequence):
+        if older is not None and not older.is_replaced_by(sequence):
             if sequence < older.sequence:
-                self._peers = self._peers | {robot: older._replace(older=sequence)}
+                self._peers = self._peers | {robot: older._replace(late=sequence)}
             return Received(
                 'old', f'map {sequence} of robot {robot!r}: {older.sequence} is here already'
             )
@@ -189,18 +199,6 @@ class Fleet:
             self._renew(combined, changed)
             self._combined = combined
         return Received(None, f'map {sequence} of robot {robot!r}: {maps.summary(field)}')
-
-    @staticmethod
-    def _is_newer(older, sequence):
-        """
-        Tell whether a map replaces an older one of the robot.
-
-        So it does with a far smaller sequence that grows again: the robot started anew, and its
-        clock was set back (some have none that runs while they are off).
-        """
-        before = older.older
-        grows_again = before is not None and before < sequence < older.sequence - LATE
-        return sequence > older.sequence or grows_again
 
     def _refusal(self, robot, field):
         """Return why a map that was verified cannot be taken; None if it can."""

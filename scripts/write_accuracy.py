@@ -183,9 +183,9 @@ Tuning was done on synthetic fields, on draws of a Matern GP and on windows of `
 (matplotlib). The exceptions: the terrain above was scored once with 8 functions per axis, levels a
 factor of 4 apart and tiles of 0.3 (RMSE at N = 256 was 1.08 times the GP's); that showed the gap
 between levels, and 10 functions, a factor of 3 and smaller tiles were then chosen on the other
-data. The prior
-of the amplitude, `points_per_voxel`, the level factor and (earlier weights) tiles of 10 to 60 km
-were also looked at on 2,000 to 4,000 of the soundings above, from numbers 20,000 and 50,000.
+data. The prior of the amplitude, `points_per_voxel`, the level factor and (earlier weights) tiles
+of 10 to 60 km were also looked at on 2,000 to 4,000 of the soundings above, from numbers 20,000
+and 50,000.
 
 The grid of hyperparameters (four lengths, five noise ratios) and smoothness were chosen on windows
 of `topobathy.npz` (seeds 7 and 100), robust tasks of seed 1000 and worlds of the training prior;

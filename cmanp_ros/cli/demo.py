@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cmanp_ros.cli.options import MAX_SEED, number
+from cmanp_ros.cli.options import MAX_SEED, PICTURES, number
 
 DESCRIPTION = """\
 A simulated rover drives over real terrain (heights around the Jacksboro fault, Tennessee) and
@@ -94,6 +94,6 @@ def _options(arguments):
         'that is free)',
     )
     options = parser.parse_args(arguments)
-    if options.output.suffix.lower() not in ('.png', '.pdf', '.svg'):
+    if options.output.suffix.lower() not in PICTURES:
         parser.error(f'--output {options.output}: expected a name that ends in .png, .pdf or .svg')
     return options
