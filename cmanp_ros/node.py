@@ -25,7 +25,7 @@ from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType, JumpThreshold
 from rclpy.duration import Duration
-from rclpy.exceptions import InvalidHandle
+from rclpy.exceptions import InvalidHandle, NameValidationException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.utilities import remove_ros_args
@@ -74,6 +74,8 @@ class CMANPNode(LifecycleNode):
             self.destroy_node()
             raise
         self.add_on_set_parameters_callback(self._on_set_parameters)
+        for service in self.services:  # those of ROS
+            service.callback = self._refusing(service)
         self.answering, self.controlling = (MutuallyExclusiveCallbackGroup() for _ in range(2))
         self._threads = ThreadPoolExecutor(2, 'cmanp request')  # one for each group
         self._inputs, self._outputs, self._is_open = [], [], False
@@ -104,8 +106,8 @@ class CMANPNode(LifecycleNode):
             self.answers, self.displays = Answers(self), Displays(self)
             self.control = Control(self)
             self.control.restore()
-        except CMANPError as error:
-            self.get_logger().error(f'cannot configure: {error}')
+        except Exception as error:  # rclpy would say nothing of it
+            self._say_why_not('configure', error)
             self.on_cleanup(state)
             return TransitionCallbackReturn.FAILURE
         self.status = Status(self)
@@ -124,11 +126,13 @@ class CMANPNode(LifecycleNode):
     def on_activate(self, state):
         """Open the inputs and start the timers."""
         self._is_open = True
-        self.intake.open()
-        self.answers.open()
-        self.displays.open()
-        self.control.open()
-        self.status.open()
+        try:
+            for part in (self.intake, self.answers, self.displays, self.control, self.status):
+                part.open()
+        except Exception as error:  # of a topic or qos_overrides; rclpy would say nothing of it
+            self._say_why_not('activate', error)
+            self._close_inputs()
+            return TransitionCallbackReturn.FAILURE
         self._jump_handle = self.get_clock().create_jump_callback(
             JumpThreshold(
                 min_forward=None, min_backward=Duration(nanoseconds=-1), on_clock_change=False
@@ -170,6 +174,10 @@ class CMANPNode(LifecycleNode):
     def on_shutdown(self, state):
         """End from any state."""
         return self.on_cleanup(state)
+
+    def _say_why_not(self, transition, error):
+        why = str(error) if isinstance(error, CMANPError) else repr(error)
+        self.get_logger().error(f'cannot {transition}: {conversions.one_line(why)}')
 
     def _close_inputs(self):
         self._is_open = False
@@ -228,6 +236,22 @@ class CMANPNode(LifecycleNode):
             return await _Outcome(self._threads.submit(callback, *arguments), self.executor)
 
         return awaited
+
+    def _refusing(self, service):
+        """Return the callback of a service of ROS; what rclpy cannot do must not end the node."""
+        callback, name = service.callback, service.srv_name.rpartition('/')[2]
+        way_out = {'change_state': '; if a lifecycle manager asks, set autostart to false'}
+
+        def refusing(request, response):
+            try:
+                return callback(request, response)
+            except Exception as error:
+                state = f'the node is {self._state_machine.current_state[1]}'
+                text = f'request refused, {state}: {request}: {error}{way_out.get(name, "")}'
+                self.warn(name, text)
+                return response
+
+        return refusing
 
     def _guarded(self, callback):
         """Return a callback whose faults are logged: they must not end the executor."""
@@ -350,7 +374,7 @@ def _made(arguments):
             raise ConfigError(f'{shlex.join(others)}: expected it after --ros-args')
         rclpy.init(args=arguments)
         node = CMANPNode()
-    except RuntimeError as error:  # all that rclpy says of them, in classes of its own
+    except (RuntimeError, NameValidationException) as error:  # all that rclpy says of them
         raise ConfigError(conversions.one_line(str(error))) from error
     name = node.get_fully_qualified_name()
     for option, file in pairwise(sys.argv if arguments is None else arguments):

@@ -12,6 +12,8 @@ from conftest import wait_for, wait_until_folded
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from lifecycle_msgs.srv import ChangeState, GetState
 from nav_msgs.msg import OccupancyGrid
+from rcl_interfaces.msg import Parameter, ParameterValue
+from rcl_interfaces.srv import SetParametersAtomically
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from sensor_msgs.msg import PointCloud2
 from std_msgs.msg import Header
@@ -625,3 +627,31 @@ def test_node_that_cannot_configure_stays_unconfigured_and_can_be_mended(start_n
     assert not client.call(ChangeState, 'cmanp/change_state', message).success
     state = client.call(GetState, 'cmanp/get_state', GetState.Request()).current_state
     assert state.label == 'unconfigured'
+
+
+def test_transition_that_is_none_is_refused_and_the_node_goes_on(start_node, client, capfd):
+    start_node()
+    message = ChangeState.Request()
+    message.transition.id = 1  # configure, as a lifecycle manager asks of a node that is active
+    assert not client.call(ChangeState, 'cmanp/change_state', message).success
+    state = client.call(GetState, 'cmanp/get_state', GetState.Request()).current_state
+    assert state.label == 'active'
+    assert 'set autostart to false' in capfd.readouterr().err
+
+
+def test_parameter_of_no_type_is_refused_and_the_node_goes_on(start_node, client):
+    start_node()
+    message = SetParametersAtomically.Request(parameters=[Parameter(name='tf_timeout')])
+    message.parameters[0].value.type = 200
+    name = 'cmanp/set_parameters_atomically'
+    assert not client.call(SetParametersAtomically, name, message).result.successful
+    message.parameters[0].value = ParameterValue(type=3, double_value=1.0)
+    assert client.call(SetParametersAtomically, name, message).result.successful
+
+
+def test_node_that_cannot_activate_says_why_and_stays_inactive(start_node, client, capfd):
+    override = {'qos_overrides./points.subscription.reliability': 'best-effort'}
+    start_node(parameters=override)
+    state = client.call(GetState, 'cmanp/get_state', GetState.Request()).current_state
+    assert state.label == 'inactive'
+    assert 'cannot activate: ' in (said := capfd.readouterr().err) and 'best-effort' in said

@@ -558,3 +558,12 @@ def test_help_of_the_node_starts_none():
     command = [sys.executable, '-m', 'cmanp_ros.cli', 'node', '--help']
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0 and '--params-file' in done.stdout
+
+
+def test_node_with_a_name_too_long_says_so_in_a_line():
+    arguments = ['--ros-args', '-r', f'__node:={"n" * 250}']
+    command = [sys.executable, '-m', 'cmanp_ros.cli', 'node', *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert 'cmanp_node: ' in done.stderr and 'length should not exceed' in done.stderr
+    assert 'Traceback' not in done.stderr
