@@ -356,8 +356,14 @@ class NeuralField:
         self._version += 1
 
     def flush(self):
-        """Write what changed to the store, in one transaction; nothing without a store."""
+        """
+        Write what changed to the store, in one transaction; nothing without a store.
+
+        :raises CheckpointError: when it cannot be written, or is not where it was any more.
+        """
         self.world.tiles.flush()
+        if self._store is not None:
+            self._store.check()
 
     def close(self):
         """

@@ -8,6 +8,7 @@ store for as long as it exists; closing the store removes it.
 """
 
 import json
+import os
 import sqlite3
 import struct
 import zlib
@@ -57,6 +58,7 @@ class TileStore:
                 keys = self._db.execute('SELECT key FROM tiles').fetchall()
                 self._keys = {_unpacked(key) for (key,) in keys}
             self._db.execute('PRAGMA journal_mode=WAL')
+            self._file = path, path.stat()
             on_error.pop_all()
 
     def __enter__(self):
@@ -120,6 +122,21 @@ class TileStore:
         self._keys, self._extra = set(), text
         with suppress(sqlite3.Error):
             self._db.execute('VACUUM')  # makes the file small; else its space is used again
+
+    def check(self):
+        """
+        See whether the file is where it was opened: what is written to one that is not is lost.
+
+        :raises CheckpointError: when it was removed or replaced; it can be read until closed.
+        """
+        path, opened = self._file
+        with suppress(OSError):
+            if os.path.samestat(path.stat(), opened):
+                return
+        raise CheckpointError(
+            f'{self.path} was removed or replaced since it was opened: put it back, or save the '
+            'map elsewhere before the end'
+        )
 
     def close(self):
         """Close the file, so that others may open it. Closing again does nothing."""

@@ -320,6 +320,18 @@ def test_store_that_cannot_be_written_is_named_until_it_can_be(
     assert node.trigger_configure().name == 'SUCCESS', 'the store is not open elsewhere'
 
 
+def test_store_that_was_removed_is_named_until_it_is_back(start_node, client, tmp_path):
+    folder = tmp_path / 'store'
+    node = start_node(store=str(folder / 'tiles.db'), store_period=0.2)
+    publish(client, node, cloud(scattered(53)))
+    wait_for((folder / 'tiles.db-wal').exists)  # it was written
+    folder.rename(tmp_path / 'elsewhere')  # nothing new comes: what was written is not there
+    wait_for(lambda: judge(node.status.snapshot()).state == 'not_saved')
+    assert 'was removed or replaced' in judge(node.status.snapshot()).text
+    (tmp_path / 'elsewhere').rename(folder)
+    wait_for(lambda: judge(node.status.snapshot()).state != 'not_saved')
+
+
 def test_undo_takes_back_the_stamps_too(start_node, client):
     node = start_node(undo_window=16.0)
     publish(client, node, cloud(scattered(53), sec=7))

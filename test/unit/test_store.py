@@ -537,3 +537,17 @@ def test_a_changed_head_is_refused(closed, key, name):
 def test_a_key_that_is_none_is_refused(closed, key):
     edit(closed, ("INSERT INTO tiles VALUES (?, 0, x'00')", [key]))
     assert f'({key!r} is no key)' in refusal(closed)
+
+
+def test_file_that_was_removed_or_replaced_is_noticed_until_it_is_back(store, path):
+    store.write(TILES)
+    store.check()
+    aside = path.rename(path.with_name('aside'))
+    for replaced in (False, True):
+        if replaced:
+            path.write_bytes(aside.read_bytes())
+        with pytest.raises(CheckpointError, match='was removed or replaced'):
+            store.check()
+    assert content(store)[0] == TILES, 'it can still be saved elsewhere'
+    aside.replace(path)
+    store.check()
