@@ -106,14 +106,24 @@ class Watched:
         """Find all else in the map."""
         return getattr(self._field, name)
 
+    def in_chunks(self, x: np.ndarray, size: int) -> list[np.ndarray]:
+        """Cut as the map does; a table that is read at once in the order of its lines, finer."""
+        if not self._is_table or self._recording.num_messages > 1:
+            return self._field.in_chunks(x, size)
+        size = min(size, max(2 * POINTS_COMPARED, -(-len(x) // NUM_COMPARED)))
+        return np.split(np.arange(len(x)), range(size, len(x), size))
+
     def observe(self, x: np.ndarray, y: np.ndarray) -> Observed:
         """Fold observations, see `NeuralField.observe`."""
-        is_table = self._recording.duration_sec is None
-        self.track.add(x[:, :2] if is_table else x[:, :2].mean(0, keepdims=True))
+        self.track.add(x[:, :2] if self._is_table else x[:, :2].mean(0, keepdims=True))
         done = self._recording.num_read / max(self._recording.num_messages, 1)
         if self._field.num_observations and self._num_compared < NUM_COMPARED * done:
             self._compare(x, y[:, 0])
         return self._field.observe(x, y)
+
+    @property
+    def _is_table(self):
+        return self._recording.duration_sec is None
 
     def _compare(self, x, y):
         known = is_known(self._field, x)
