@@ -38,7 +38,7 @@ def main(arguments=None) -> int:
     module = import_module(f'cmanp_ros.cli.{parsed.command}')
     try:
         return module.main(arguments[1:]) or 0
-    except CMANPError as error:
+    except (CMANPError, OSError) as error:  # a full disk, a folder that may not be written
         print(f'cmanp {parsed.command}: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """Checks of what users give on the command line: numbers, and files that are to be written."""
 
 import argparse
+import os
 from collections.abc import Callable, Collection
 from math import inf
 from pathlib import Path
@@ -36,7 +37,8 @@ def check_output(option: str, path: Path, endings: Collection[str] = ()) -> None
 
     :param option: that names it.
     :param endings: of which its name has one; none: any.
-    :raises ConfigError: for another ending, a folder, or a file in one that is not there.
+    :raises ConfigError: for another ending, a folder, or a file in one that is not there or that
+        cannot be written.
     """
     if endings and path.suffix.lower() not in endings:
         raise ConfigError(f'{option} {path}: expected a name that ends in {", ".join(endings)}')
@@ -45,4 +47,9 @@ def check_output(option: str, path: Path, endings: Collection[str] = ()) -> None
     if not path.resolve().parent.is_dir():
         raise ConfigError(
             f'{option} {path}: there is no folder {path.parent}; expected one: make it'
+        )
+    place = path if path.exists() else path.parent
+    if not os.access(place, os.W_OK):
+        raise ConfigError(
+            f'{option} {path}: {place} may not be written; expected a place that may: name another'
         )

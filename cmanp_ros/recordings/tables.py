@@ -110,7 +110,7 @@ class _Text:
                 self.num_lines = sum(1 for _ in file) + 1
         except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
             raise InputError(
-                f'{path}: {error}; expected a text with one point a line, such as a CSV'
+                f'{path}: {error}; expected a text in UTF-8 with one point a line, such as a CSV'
             ) from error
         if not first.strip():
             raise InputError(f'{path} is empty; expected one point a line')
@@ -226,8 +226,7 @@ def _columns(table, given, default, dim_x, dim_y) -> tuple[list[int], list[int],
     if None in location:
         angles = any(name in ANGLES for name in names)
         raise InputError(
-            f'{table.path} has the columns {", ".join(table.names)}; expected {dim_x} of '
-            f'{", ".join(AXES)}: '
+            f'{table.path} has the columns {", ".join(table.names)}; expected {_axes(dim_x)}: '
             + ('project longitude and latitude to meters first' if angles else 'rename them')
         )
     stamp = next((names.index(name) for name in STAMPS if name in names), None)
@@ -238,11 +237,20 @@ def _columns(table, given, default, dim_x, dim_y) -> tuple[list[int], list[int],
     if len(chosen) != dim_y:
         raise ConfigError(
             f'{table.path} has the columns {", ".join(table.names)}; {wanted!r} is not '
-            f'{dim_y} of those beside the location; expected the name of the value (or {dim_y} '
-            f'names with commas): --source '
-            f':{",".join(table.names[n] for n in others[-dim_y:]) or "NAME"}'
+            f'{dim_y} of those beside the location; expected '
+            + ('the name of the value' if dim_y == 1 else f'{dim_y} names with commas')
+            + f': --source :{",".join(table.names[n] for n in others[-dim_y:]) or "NAME"}'
         )
     return location, chosen, stamp
+
+
+def _axes(dim_x: int) -> str:
+    """Say how the columns of the location may be named."""
+    said = []
+    for axis in 'xyz'[:dim_x]:
+        others = ' or '.join(name for name in AXES if AXES[name] == axis != name)
+        said.append(f'{axis} ({others})' if others else axis)
+    return ', '.join(said)
 
 
 def _first_line(file) -> tuple[int, str, str]:

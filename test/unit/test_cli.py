@@ -81,6 +81,21 @@ def test_a_file_that_cannot_be_written_is_refused(in_an_empty_folder):
             check_output('--out', folder / name, ['.png', '.pdf'])
 
 
+def test_a_folder_that_may_not_be_written_is_refused_before_the_work(
+    capsys, monkeypatch, tmp_path
+):
+    (tmp_path / 'a.csv').write_text('x,y,z\n1,2,3\n')
+    monkeypatch.setattr('os.access', lambda *_: False)
+    for command, name in (('replay', 'b.safetensors'), ('plot', 'b.png')):
+        status, said = refused(capsys, command, 'a.csv', '--out', f'{tmp_path}/{name}')
+        assert status == 1 and f'{name}: {tmp_path} may not be written; expected a place' in said
+
+
+def test_what_the_system_refuses_is_a_line(capsys):
+    status, said = refused(capsys, 'train', 'gp1d', '--folder', '/proc/new')
+    assert status == 1 and "'/proc/new'" in said
+
+
 @pytest.mark.parametrize(
     'words',
     ['terrain --json no/a.json', 'seams --picture no/a.png', 'gp1d --picture no/a.png'],

@@ -381,16 +381,22 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path):
     path = tmp_path / 'a.csv'
     path.write_text('lon,lat,depth\n1,2,3\n')
     assert 'project longitude and latitude to meters' in refused(path, kind=InputError)
+    path.write_text('x,z\n1,2\n')
+    assert refused(path, kind=InputError).endswith(
+        'the columns x, z; expected x (easting or east), y (northing or north): rename them'
+    )
     path.write_text('x,y,gas,smoke\n1,2,3,4\n')
     text = refused(path)
     assert 'has the columns x, y, gas, smoke' in text and '--source :smoke' in text
     assert "'dust' is not 1 of those" in refused(path, [':dust'])
+    assert text.endswith('expected the name of the value: --source :smoke')
+    assert refused(path, [':gas'], dim_y=2).endswith('2 names with commas: --source :gas,smoke')
     text = refused(path, [':gas', ':smoke'])
     assert text.startswith('--source :gas --source :smoke: expected one for a table')
     path.write_text('')
     assert 'is empty' in refused(path, kind=InputError)
     path.write_bytes(b'\xff\xfe\0x')
-    assert 'expected a text with one point a line' in refused(path, kind=InputError)
+    assert 'expected a text in UTF-8 with one point a line' in refused(path, kind=InputError)
 
 
 @pytest.mark.parametrize('source', [':z', 'depth:z'])
