@@ -159,6 +159,8 @@ def _folded(options):
                 problem = error
     for reason, count in sorted(report.losses.points.items()):
         print(f'left out: {count:,} points ({reason}) {report.losses.problems.get(reason, "")}')
+    for reason in sorted(report.losses.problems.keys() - report.losses.points.keys()):
+        print(f'[{reason}] {report.losses.problems[reason]}')
     coverage, seen = watched.coverage, report.provenance
     if coverage.num_points:
         print(f'{coverage.summary} of {coverage.num_points:,} observations that were predicted')

@@ -95,11 +95,12 @@ class Folding:
             if observed.rejected:
                 y = y[self.into.usable(x, y)[0]]
             if observed.folded:
-                self._note(y, observed, points.stamp)
+                self._note(y, observed, points)
 
-    def _note(self, y, observed, stamp) -> None:
+    def _note(self, y, observed, points) -> None:
         report, n = self.report, self.into.normalization
         report.num_folded += observed.folded
-        report.provenance = report.provenance.observed(stamp, stamp)
+        stamps = points.oldest or points.stamp, points.stamp
+        report.provenance = report.provenance.observed(*stamps)
         values = (y - n.value_offset) / n.value_scale
         report.sums = report.sums + [(values**power).sum(0) for power in range(3)]

@@ -35,9 +35,11 @@ class Points(NamedTuple):
 
     source: SourceParameters
     stamp: int
-    """[ns]."""
+    """[ns]; of the last one, where they have several."""
     x: np.ndarray
     y: np.ndarray
+    oldest: int = 0
+    """[ns] of the first one, where they have several."""
 
 
 class Thinning:

@@ -1,7 +1,8 @@
 """
-Points from files without times: CSV with a header, lists of x y z as lidars give them, and LAS.
+Points from files without messages: CSV with a header, lists of x y z as lidars give them, and LAS.
 
-They are in the map frame. Lengths are in meters: longitude and latitude have to be projected.
+They are in the map frame. Lengths are in meters: longitude and latitude have to be projected. A
+column of times, if there is one, has the stamps [s].
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 NUM_LINES = 16384  # that are read at once
 AXES = {'x': 'x', 'easting': 'x', 'east': 'x', 'y': 'y', 'northing': 'y', 'north': 'y', 'z': 'z'}
 STAMPS = ('stamp', 'time', 'timestamp', 'gps_time')
+MAX_TIME = 2.0**31  # [s] of a stamp of ROS; milliseconds are beyond it
+STEPS = 16  # in which an interval of time passes for a table
 ANGLES = ('lon', 'lat', 'longitude', 'latitude')
 
 
@@ -69,6 +72,8 @@ class Tables:
     def read(self, recording: Recording, span: Span | None) -> Iterator[Points]:
         """Read so many lines at once."""
         span, (source,) = span or Span(0, self._spans[-1].stop), self.sources
+        revisit = source.revisit_interval if source.voxel_size else 0.0
+        intervals = [t for t in (recording.parameters.half_life, revisit) if t]
         for table, (x, y, stamp), own in zip(
             self._tables, self._columns, self._spans, strict=True
         ):
@@ -78,10 +83,25 @@ class Tables:
             for rows in table.read(start, stop, recording.losses, {*x, *y}):
                 recording.num_read += 1
                 values = rows[:, y] * source.value_scale + source.value_offset
-                nanoseconds = 0
-                if stamp is not None and len(rows) and np.isfinite(rows[0, stamp]):
-                    nanoseconds = round(rows[0, stamp] * 1e9)
-                yield Points(source, nanoseconds, rows[:, x], values)
+                column = np.zeros(len(rows)) if stamp is None else rows[:, stamp]
+                times = self._times(column, table, intervals, recording.losses)
+                for part, oldest, newest in _in_time(times, min(intervals, default=np.inf)):
+                    yield Points(source, newest, rows[part][:, x], values[part], oldest)
+
+    def _times(self, column, table, intervals, losses) -> np.ndarray:
+        """Return times [s], 0 where there is none, and say so where that matters."""
+        usable = (column > 0) & (column < MAX_TIME)
+        if len(late := column[column >= MAX_TIME]):
+            losses.problems['no_time'] = (
+                f'{table.path}: the time {late.max():.10g} is beyond {MAX_TIME:.0f}; expected '
+                'seconds: no time is read there'
+            )
+        elif intervals and not usable.any():
+            losses.problems['no_time'] = (
+                f'{table.path} has no times, and half_life and revisit_interval do nothing; '
+                f'expected seconds in a column {" or ".join(STAMPS)}'
+            )
+        return np.where(usable, column, 0.0)
 
     @property
     def descriptions(self) -> list[str]:
@@ -242,6 +262,15 @@ def _columns(table, given, default, dim_x, dim_y) -> tuple[list[int], list[int],
             + f': --source :{",".join(table.names[n] for n in others[-dim_y:]) or "NAME"}'
         )
     return location, chosen, stamp
+
+
+def _in_time(times: np.ndarray, interval: float) -> Iterator[tuple[slice, int, int]]:
+    """Cut rows where another step of an interval [s] begins: rows, oldest and newest time [ns]."""
+    edges = np.flatnonzero(np.diff(np.floor(times * (STEPS / interval)))) + 1
+    for start, stop in itertools.pairwise([0, *edges.tolist(), len(times)]):
+        known = times[start:stop][times[start:stop] > 0]
+        ends = (known.min(), known.max()) if len(known) else (0.0, 0.0)
+        yield slice(start, stop), *(round(end * 1e9) for end in ends)
 
 
 def _axes(dim_x: int) -> str:

@@ -371,6 +371,33 @@ def test_words_beside_the_numbers_are_no_fault(tmp_path):
     assert chunks[0].y.tolist() == [[5]] and not recording.losses.problems
 
 
+def test_times_of_a_table_are_those_of_its_lines(tmp_path):
+    rows = ''.join(f'{100 + n},{n},0,5\n' for n in range(9))
+    (tmp_path / 'a.csv').write_text('time,x,y,depth\n' + rows)
+    chunks, recording = read(tmp_path / 'a.csv', [':depth'])
+    assert [chunk.stamp for chunk in chunks] == [108] and recording.num_read == 1
+    parameters = parameters_from({'half_life': 48.0})  # 16 steps of 3 s
+    chunks, recording = read(tmp_path / 'a.csv', [':depth'], parameters=parameters)
+    assert [chunk.stamp for chunk in chunks] == [101, 104, 107, 108]
+    assert all_of(chunks)[0][:, 0].tolist() == [*range(9)] and recording.num_read == 1
+
+
+@pytest.mark.parametrize(
+    ('time', 'said'),
+    [
+        ('1700000000000', 'the time 1.7e+12 is beyond 2147483648; expected seconds'),
+        ('2024-05-01T10:00:00Z', 'has no times, and half_life and revisit_interval do nothing'),
+        ('', 'expected seconds in a column stamp or time or timestamp or gps_time'),
+        ('-5', 'has no times'),
+    ],
+)
+def test_times_that_are_no_seconds_are_said(tmp_path, time, said):
+    (tmp_path / 'a.csv').write_text(f'time,x,y,depth\n{time},2,3,5\n')
+    parameters = parameters_from({'half_life': 3.0})
+    (chunk,), recording = read(tmp_path / 'a.csv', [':depth'], parameters=parameters)
+    assert chunk.stamp == 0 and said in recording.losses.problems['no_time']
+
+
 def test_locations_and_values_have_as_many_columns_as_the_model(tmp_path):
     (tmp_path / 'a.csv').write_text('x,y,z,u,v\n2,3,5,7,11\n')
     (chunk,), _ = read(tmp_path / 'a.csv', [':u,v'], dim_x=3, dim_y=2)

@@ -94,6 +94,20 @@ def test_observations_fade_by_the_time_of_the_stamps(bag):
     np.testing.assert_allclose(counts[0], states(expected)[1]['least_squares.count'])
 
 
+def test_a_table_fades_by_the_times_of_its_lines(tmp_path):
+    rows = np.column_stack([np.arange(7) + 2.0, np.random.default_rng(0).uniform(0, 3, (7, 3))])
+    path = tmp_path / 'a.csv'
+    np.savetxt(path, rows, delimiter=',', header='time,x,y,z', comments='')
+    field, report = folded(job(path, half_life=3.0))
+    faded = (0.5 ** (np.arange(7) / 3.0)).sum()
+    assert states(field)[1]['least_squares.count'].max() == pytest.approx(faded)
+    assert report.provenance.oldest_stamp == 2_000_000_000
+    assert report.provenance.newest_stamp == 8_000_000_000
+    _, report = folded(job(path))
+    assert report.provenance.oldest_stamp == 2_000_000_000
+    assert report.provenance.newest_stamp == 8_000_000_000
+
+
 def test_a_recording_of_which_nothing_can_be_used_makes_no_map(tmp_path, capsys):
     path = tmp_path / 'text.csv'
     path.write_text('x,y,depth\n1,2,hello\n3,4,5;6\n')
