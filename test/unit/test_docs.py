@@ -10,6 +10,7 @@ import io
 import re
 import runpy
 import shlex
+import textwrap
 import xml.etree.ElementTree
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,8 @@ import pytest
 import yaml
 
 from cmanp_ros import __version__, cli, parameter_file
+from cmanp_ros.checkpoint import load_model
+from cmanp_ros.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / 'docs'
@@ -102,6 +105,15 @@ def test_parameter_files_are_read_by_the_node(tmp_path):
         file = tmp_path / 'field.yaml'
         file.write_text(text, encoding='utf-8')
         assert parameter_file.read(file).tile_size > 0, name(page)
+
+
+def test_the_recipe_on_the_page_goes_on_from_what_it_names(tmp_path):
+    text = (DOCS / 'training.md').read_text(encoding='utf-8')
+    (shown,) = re.findall(r'^    model:\n(?:    .*\n)+', text, re.MULTILINE)
+    file = tmp_path / 'my_recipe.yaml'
+    file.write_text(textwrap.dedent(shown), encoding='utf-8')
+    recipe = load_recipe(file)
+    assert recipe.model == load_model(recipe.start_from).config
 
 
 def anchors(page):
