@@ -23,7 +23,9 @@ from cmanp_ros.recordings import shards
 from cmanp_ros.recordings.folding import Folding
 
 GEOTIFF, PLY = ('.tif', '.tiff'), ('.ply',)
-FIRST_YEAR = 2000  # stamps before it are those of a simulation
+FIRST_STAMP = 946_684_800 * 10**9  # [ns] the year 2000: those before are of a simulation
+LAST_STAMP = 2**63  # [ns]: those after it are in other units
+FARTHEST = 1e12  # [m] that a corner may be from the origin
 EPILOG = """examples:
   cmanp plot terrain.safetensors --units m --hillshade
   cmanp plot terrain.safetensors --out terrain.tif --out terrain.ply --resolution 0.5
@@ -88,7 +90,7 @@ def _parser():
     add('--resolution', type=sizes, metavar='M', help='[m/cell]; default: a fifth of a tile')
     add(
         '--bounds',
-        type=float,
+        type=number(float, -FARTHEST, FARTHEST),
         nargs=4,
         metavar=('X0', 'Y0', 'X1', 'Y1'),
         help='corners [m] in the map frame; default: where there are data',
@@ -175,8 +177,8 @@ def _facts(field, frame, oldest, newest):
     facts = [f'{field.num_observations:,} observations in {field.num_tiles:,} tiles']
     if frame:
         facts.append(f'frame {frame}')
-    first, last = (datetime.fromtimestamp(ns * 1e-9, timezone.utc) for ns in (oldest, newest))
-    if first.year >= FIRST_YEAR:
+    if FIRST_STAMP <= oldest <= newest <= LAST_STAMP:
+        first, last = (datetime.fromtimestamp(t * 1e-9, timezone.utc) for t in (oldest, newest))
         end = f'{last:%H:%M}' if last.date() == first.date() else f'{last:%Y-%m-%d %H:%M}'
         facts.append(f'{first:%Y-%m-%d %H:%M} to {end} UTC')
     return facts

@@ -372,6 +372,14 @@ def test_a_saved_map_is_drawn_in_all_formats(in_an_empty_folder, corner, capsys)
     assert len(vertices) == 3 * 2 and vertices['x'].max() == 2.5 * 1.3
 
 
+@pytest.mark.parametrize('stamp', [17 * 10**26, 17 * 10**20, -17 * 10**20])
+def test_a_map_with_stamps_of_no_year_is_drawn(in_an_empty_folder, corner, capsys, stamp):
+    checkpoint.save_model(corner.model, 'model.safetensors')
+    corner.save('a.safetensors', oldest_stamp=stamp, newest_stamp=stamp)
+    model = ('--checkpoint', 'model.safetensors', '--resolution', 1.3)
+    assert run(capsys, 'a.safetensors', *model, '--out', 'a.ply')[0] == 0
+
+
 def test_a_recording_is_drawn_with_what_became_of_it(in_an_empty_folder, capsys):
     rng = np.random.default_rng(0)
     x = rng.uniform(0, 2, (101, 2))
@@ -406,6 +414,9 @@ def test_mistakes_are_explained_with_the_way_out(in_an_empty_folder, corner, cap
     with pytest.raises(SystemExit):
         run(capsys, 'gone.mcap', '--resolution', 'nan')
     assert 'nan is out of range, expected 0.0001 to' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(capsys, 'gone.mcap', '--bounds', 0, 0, '1e300', '1e300')
+    assert '1e300 is out of range, expected -1,000,000,000,000.0 to' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(('ending', 'package'), [('png', 'matplotlib'), ('tif', 'rasterio')])
