@@ -96,6 +96,17 @@ def test_what_the_system_refuses_is_a_line(capsys):
     assert status == 1 and "'/proc/new'" in said
 
 
+def test_a_disk_that_is_full_at_the_end_is_said_in_a_line(capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, 'No space left on device', 'a.safetensors')
+
+    monkeypatch.setattr('cmanp_ros.maps.save', full)
+    with open('a.csv', 'w', encoding='utf-8') as file:
+        file.write('x,y,z\n2,3,5\n')
+    status, said = refused(capsys, 'replay', 'a.csv')
+    assert status == 1 and said.endswith("No space left on device: 'a.safetensors'")
+
+
 @pytest.mark.parametrize(
     'words',
     ['terrain --json no/a.json', 'seams --picture no/a.png', 'gp1d --picture no/a.png'],
