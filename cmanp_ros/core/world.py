@@ -223,7 +223,8 @@ class World:
     def renew(self, keys: list[Key], parts: list['World']):
         """Make tiles anew from those of other worlds, which this one is the merger of."""
         count = sum(part.num_observations for part in parts)
-        for some in self._batches(keys):
+        paged = [part.tiles for part in parts if len(part.tiles) > part.tiles.max_tiles]
+        for some in self._batches(keys, min((tiles.max_tiles for tiles in paged), default=64)):
             state = parts[0].tiles.state_of(some)
             for part in parts[1:]:
                 state = merge(state, part.tiles.state_of(some))

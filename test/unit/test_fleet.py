@@ -75,6 +75,13 @@ def test_the_maps_of_three_robots_are_one_map_of_all_observations(paged, tmp_pat
     assert sorted(own.peers) == sorted([left.own.robots[0], right.own.robots[0]])
 
 
+def test_an_own_map_of_which_little_fits_in_memory_is_combined(tmp_path):
+    own, other = fleet_of(*range(6), path=tmp_path, max_tiles=29), fleet_of(3)
+    assert own.own.num_tiles > 29
+    assert send(other, own).reason is None
+    assert_saw(own.combined, *range(6), 3)
+
+
 def test_a_newer_map_of_a_robot_replaces_its_older_one():
     own, left, right = fleet_of(0), fleet_of(), fleet_of(4)
     for place in (1, 2, 3):
