@@ -21,7 +21,7 @@ from cmanp_ros.core.errors import (
     InputError,
     StateMismatchError,
 )
-from cmanp_ros.core.lattice import ANSWERS, geometry
+from cmanp_ros.core.lattice import ANSWERS, check_bounds, geometry
 from cmanp_ros.core.solver import Request, Solution
 from cmanp_ros.core.tiles import keys_of
 from cmanp_ros.store import TileStore
@@ -115,9 +115,17 @@ class NeuralField:
         :raises ConfigError: for bounds, units or a device that cannot be used.
         """
         model = files.load_model(checkpoint or 'field', device)
-        geometry = OneTile(*bounds)
+        try:
+            lower, upper = bounds
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f'bounds are {bounds!r}, expected a lower and an upper corner [m], such as '
+                '((0, 0), (50, 50))'
+            ) from None
+        check_bounds(lower, upper)
+        geometry = OneTile(lower, upper)
         if not one_tile:
-            size = _tile_size(*bounds) if tile_size is None else tile_size
+            size = _tile_size(lower, upper) if tile_size is None else tile_size
             lattice = Lattice.of(model.config, size)
             geometry = replace(lattice, dim_x=geometry.dim_x)
         normalization = Normalization(value_offset, value_scale)
@@ -510,7 +518,8 @@ class NeuralField:
         """
         keys = [key[1:] for key in self.world.tiles.keys_in_memory if key[0] == level]
         if isinstance(self.geometry, OneTile):
-            return np.array([[self.geometry.lower, self.geometry.upper] for _ in keys])
+            corners = np.array([self.geometry.lower, self.geometry.upper])
+            return np.repeat(corners[None], len(keys), 0)
         index = np.array(keys).reshape(len(keys), self.geometry.dim_x)
         corners = np.stack([index - ANSWERS, index + ANSWERS], axis=1)
         return corners * self.geometry.spacing(level)
@@ -668,6 +677,8 @@ def _tile_size(lower, upper):
 def _as_floats(value, name):
     """Return numbers as torch takes them; what is masked out is NaN."""
     try:
+        if isinstance(value, np.ndarray) and np.iscomplexobj(value):
+            raise TypeError('they are complex')
         if isinstance(value, np.ma.MaskedArray):
             value = value.astype(np.float64).filled(np.nan)
         value = np.asarray(value, np.float64)

@@ -222,14 +222,19 @@ def check_bounds(lower, upper):
 
     :raises ConfigError: unless they are finite, equally long, and lower is below upper.
     """
-    if len(lower) != len(upper) or not len(lower):
+    try:
+        corners = [[float(v) for v in corner] for corner in (lower, upper)]
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(
-            f'bounds {lower} and {upper} have {len(lower)} and {len(upper)} numbers, expected as '
-            'many as a location has'
+            f'bounds {lower!r} and {upper!r}: expected two corners [m], each of as many numbers '
+            'as a location has'
+        ) from None
+    if len(corners[0]) != len(corners[1]) or not corners[0]:
+        raise ConfigError(
+            f'bounds {lower} and {upper} have {len(corners[0])} and {len(corners[1])} numbers, '
+            'expected as many as a location has'
         )
-    corners = torch.tensor(
-        [[float(v) for v in corner] for corner in (lower, upper)], dtype=torch.float64
-    )
+    corners = torch.tensor(corners, dtype=torch.float64)
     if not (corners.isfinite().all() and (corners[0] < corners[1]).all()):
         raise ConfigError(
             f'bounds {lower} and {upper}: expected finite corners, every lower below its upper [m]'

@@ -140,9 +140,23 @@ def test_arrays_of_all_kinds_are_read_as_they_are(load_tiles):
     assert_same_prediction(field.predict(mirrored), [p[::-1] for p in expected.predict(x)])
     assert_same_prediction(field.predict(read_only), expected.predict(x))
     assert len(field.in_chunks(mirrored, 10)) == 4
-    for given in ('a', [[1.0, 2.0], [3.0]], torch.ones(3, 2, requires_grad=True)):
+    complex_ones = np.ones((3, 2), complex)
+    strange = ('a', [[1.0, 2.0], [3.0]], torch.ones(3, 2, requires_grad=True), complex_ones)
+    for given in strange:
         with pytest.raises(InputError, match='x cannot be read as numbers'):
             field.predict(given)
+
+
+@pytest.mark.parametrize(
+    'bounds', [(0, 50), ((0, 0),), None, ((0, 0), (50, 'x')), ((0, None), (50, 50)), 'ab']
+)
+def test_bounds_that_are_no_two_corners_are_named(load, bounds):
+    with pytest.raises(ConfigError, match=r'^bounds .*expected .* corner.*\[m\]'):
+        load(bounds=bounds)
+
+
+def test_an_empty_map_has_no_tiles_to_show(load):
+    assert load().tiles_in_memory().shape == (0, 2, 2)
 
 
 def test_what_is_masked_out_is_not_folded(load_tiles):
