@@ -681,10 +681,9 @@ def _as_floats(value, name):
             raise TypeError('they are complex')
         if isinstance(value, np.ma.MaskedArray):
             value = value.astype(np.float64).filled(np.nan)
-        value = np.asarray(value, np.float64)
+        return np.array(value, np.float64, order='C')  # a copy: views may have any strides
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InputError(f'{name} cannot be read as numbers ({error})') from error
-    return np.require(value, requirements='CW')
 
 
 def _as_matrix(value, columns, name):

@@ -147,6 +147,18 @@ def test_arrays_of_all_kinds_are_read_as_they_are(load_tiles):
             field.predict(given)
 
 
+@pytest.mark.parametrize('count', [0, 1, 2])
+def test_views_of_few_points_are_taken_as_others(load, count):
+    x, y = observations(count)
+    rows = np.zeros(count, [('x', np.float64, 2), ('y', np.float64), ('ring', np.uint8)])
+    rows['x'], rows['y'] = x, y
+    for given in (np.ascontiguousarray(x[::-1])[::-1], rows['x']):
+        field = load()
+        assert field.observe(given, rows['y']).folded == count
+        assert len(field.status(given)) == len(field.is_known(given)) == count
+        assert len(field.predict(given)[0]) == count and len(field.in_chunks(given, 1)) == count
+
+
 @pytest.mark.parametrize(
     'bounds', [(0, 50), ((0, 0),), None, ((0, 0), (50, 'x')), ((0, None), (50, 50)), 'ab']
 )
