@@ -34,6 +34,8 @@ def main(arguments=None) -> int:
         help='; '.join(f'{name}: {text}' for name, text in COMMANDS.items()),
     )
     parser.add_argument('arguments', nargs=argparse.REMAINDER, help='see cmanp COMMAND --help')
+    if not arguments or (arguments[0].startswith('-') and arguments[0] not in ('-h', '--help')):
+        parser.error(f'expected a command first, one of {", ".join(COMMANDS)}')
     parsed = parser.parse_args(arguments[:1])
     module = import_module(f'cmanp_ros.cli.{parsed.command}')
     try:

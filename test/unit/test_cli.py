@@ -65,6 +65,13 @@ def test_the_demo_takes_each_domain_that_dds_has(domain_id):
     assert demo._options(['--domain-id', str(domain_id)]).domain_id == domain_id
 
 
+@pytest.mark.parametrize('words', [[], ['--version']])
+def test_a_call_without_a_command_names_them(capsys, words):
+    with pytest.raises(SystemExit, match='2'):
+        cli.main(words)
+    assert 'expected a command first, one of demo, node, replay' in capsys.readouterr().err
+
+
 # Files to be written -----------------------------------------------------------------------------
 
 
