@@ -87,7 +87,7 @@ def _add_options(parser, study):
         parser.add_argument('--checkpoint', help=text)
     else:
         add('--checkpoint', str, 'field', 'file or name of a shipped model')
-    add('--threads', number(int, 1, MAX_THREADS), 2, 'of the CPU')
+    add('--threads', number(int, 1, MAX_THREADS), 1, 'of the CPU')
     add('--seed', number(int, 0, MAX_SEED), 123 if study == 'prior' else 0, 'of all that is drawn')
     if study == 'tile-size':
         parser.add_argument('file', help='a table or a bag, as for cmanp replay')

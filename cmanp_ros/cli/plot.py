@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import safe_open
 
 from cmanp_ros import parameter_file
@@ -131,6 +132,7 @@ def _is_map(options):
 
 def _restored(options):
     (path,) = options.files
+    torch.set_num_threads(1)  # more would wait for each other, where another process wants a core
     try:
         field = NeuralField.restore(path, options.checkpoint, max_tiles=shards.MAX_TILES)
     except OtherWeightsError as error:

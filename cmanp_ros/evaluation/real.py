@@ -21,7 +21,7 @@ from cmanp_ros.benchmark.measuring import status_bytes
 from cmanp_ros.core.errors import CMANPError
 from cmanp_ros.evaluation import tracks
 from cmanp_ros.evaluation.cache import Cache, Key
-from cmanp_ros.evaluation.scores import mean_and_error, score, summary
+from cmanp_ros.evaluation.scores import mean_and_error, score, summary, to_reference
 from cmanp_ros.evaluation.tasks import Task
 from cmanp_ros.evaluation.windows import STDDEV, windows
 
@@ -29,7 +29,6 @@ STRETCH = 2560  # soundings: some thousand kilometers of tracks
 STRETCH_CONTEXT = 256
 STRETCH_TARGETS = 500
 KM_PER_UNIT = 75.0  # about the units of the windows: their tiles are 27 km here
-PAIRED = ('rmse', 'log_likelihood', 'crps')  # scores that are compared task by task
 Row = dict[str, Any]
 
 
@@ -142,23 +141,12 @@ def evaluate(
                 'num_tasks': len(scores),
                 'method': name,
                 **summary(scores),
-                **_differences(scores, compared),
+                **(to_reference(scores, compared) if compared else {}),
                 **{k: mean_and_error([float(f[k]) for f in found]) for k in COSTS},
             }
 
 
 COSTS = ('seconds_fit', 'seconds_predict', 'memory_mb', 'load')
-
-
-def _differences(scores, compared):
-    if compared is None:
-        return {}
-    return {
-        f'{name}_to_reference': mean_and_error(
-            [getattr(a, name) - getattr(b, name) for a, b in zip(scores, compared, strict=True)]
-        )
-        for name in PAIRED
-    }
 
 
 def _predictions(make_methods, name, setting, seed, cache, num_threads):

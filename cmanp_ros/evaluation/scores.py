@@ -84,6 +84,25 @@ def summary(scores: Iterable[Score]) -> dict[str, tuple[float, float]]:
     return {name: mean_and_error(v) for name, v in zip(Score._fields, columns, strict=True)}
 
 
+def to_reference(scores: Sequence[Score], reference: Sequence[Score]) -> dict[str, tuple]:
+    """
+    Compare a method with another one, task by task: what is hard for both cancels.
+
+    :return: (mean, standard error) of the differences by 'rmse_to_reference' and so on; and of
+        'rmse_over_reference', the ratio of the mean errors, with the error of a jackknife.
+    """
+    found = {
+        f'{name}_to_reference': mean_and_error(
+            [getattr(a, name) - getattr(b, name) for a, b in zip(scores, reference, strict=True)]
+        )
+        for name in ('rmse', 'log_likelihood', 'crps')
+    }
+    own, other = (np.array([score.rmse for score in each]) for each in (scores, reference))
+    without = (own.sum() - own) / (other.sum() - other) if len(own) > 1 else np.array([nan])
+    error = float(without.std() * (len(own) - 1) ** 0.5)
+    return found | {'rmse_over_reference': (float(own.sum() / other.sum()), error)}
+
+
 def stream_summary(mean, stddev, y, num_blocks: int = 20) -> dict[str, tuple[float, float]]:
     """
     Score one long series; neighbors are alike, so the error comes from leaving blocks out.

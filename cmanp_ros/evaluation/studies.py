@@ -1,8 +1,9 @@
 """
 The studies: each yields rows, one for each method and setting.
 
-A row is a dict with 'study', 'num_context', 'noise' or 'kind', 'method', the three scores and
-'seconds' of processor time; scores and seconds are (mean, standard error) over tasks.
+A row is a dict with 'study', 'num_context', 'noise' or 'kind', 'method', the scores, how they
+compare with those of the exact GP on the same tasks (`scores.to_reference`), and 'seconds' of
+processor time; scores and seconds are (mean, standard error) over tasks.
 """
 
 import time
@@ -15,11 +16,18 @@ import numpy as np
 from cmanp_ros.evaluation import robust as robust_tasks
 from cmanp_ros.evaluation import tracks as track_data
 from cmanp_ros.evaluation.cache import Cache, Key
-from cmanp_ros.evaluation.scores import mean_and_error, score, stream_summary, summary
+from cmanp_ros.evaluation.scores import (
+    mean_and_error,
+    score,
+    stream_summary,
+    summary,
+    to_reference,
+)
 from cmanp_ros.evaluation.tasks import Task
 from cmanp_ros.evaluation.windows import windows
 
-SLOW = ('exact GP',)
+REFERENCE = 'exact GP'
+SLOW = (REFERENCE,)
 Row = dict[str, Any]
 
 
@@ -139,11 +147,13 @@ def _score_tasks(head: Row, tasks: Iterable[Task], methods, seed, cache_dir, cac
             found = _predict(predict, task, key, cache if name in cached else None)
             scores[name].append(score(found['mean'], found.get('stddev'), task.y_target))
             seconds[name].append(float(found.get('seconds', nan)))
+    reference = scores.get(REFERENCE)
     for name in methods:
         yield {
             **head,
             'method': name,
             **summary(scores[name]),
+            **(to_reference(scores[name], reference) if reference else {}),
             'seconds': mean_and_error(seconds[name]),
         }
 

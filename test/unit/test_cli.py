@@ -183,4 +183,4 @@ def test_help_says_what_is_taken_where_nothing_is_given(capsys, study):
     with pytest.raises(SystemExit):
         cli.main(['evaluate', study, '--help'])
     printed = ' '.join(capsys.readouterr().out.split())
-    assert '(default: 2)' in printed and 'None' not in printed
+    assert '(default: 1)' in printed and 'None' not in printed

@@ -205,6 +205,29 @@ def test_summary_is_mean_and_standard_error():
     assert isnan(scores.mean_and_error([4.0])[1])
 
 
+def test_scores_are_compared_task_by_task():
+    own = [scores.Score(rmse, ll, 0.9, 0.1) for rmse, ll in ((1.1, -1.0), (2.2, 3.0), (3.3, 1.0))]
+    other = [scores.Score(rmse, ll, 0.9, 0.1) for rmse, ll in ((1.0, -3.0), (2.0, 1.0), (3.0, -1))]
+    found = scores.to_reference(own, other)
+    assert found['rmse_over_reference'] == (pytest.approx(1.1), pytest.approx(0))
+    assert found['log_likelihood_to_reference'] == (2.0, 0.0)  # however they differ among tasks
+    assert found['rmse_to_reference'] == (pytest.approx(0.2), pytest.approx(0.1 / 3**0.5))
+    assert isnan(scores.to_reference(own[:1], other[:1])['rmse_over_reference'][1])
+
+
+def test_the_error_of_a_ratio_is_its_spread_over_many_draws():
+    rng = np.random.default_rng(0)
+    other = rng.uniform(1, 3, (2000, 40))
+    own = other * rng.uniform(0.8, 1.4, other.shape)
+    drawn = own.sum(1) / other.sum(1)
+
+    def error(i):
+        pair = ([scores.Score(rmse, 0, 0, 0) for rmse in part[i]] for part in (own, other))
+        return scores.to_reference(*pair)['rmse_over_reference'][1]
+
+    assert np.mean([error(i) for i in range(200)]) == pytest.approx(drawn.std(), rel=0.05)
+
+
 def test_error_of_a_series_without_correlation_is_the_standard_error():
     rng = np.random.default_rng(0)
     mean, stddev, y = np.zeros(20_000), np.ones(20_000), rng.standard_normal(20_000)
@@ -506,7 +529,10 @@ def test_studies_yield_a_row_for_each_setting_and_cache_what_is_slow(study, sett
         assert a['rmse'] == b['rmse'] and len(a['log_likelihood']) == 2
         assert a['method'] != 'exact GP' or a['seconds'] == b['seconds']
     assert first[0]['rmse'] == first[1]['rmse'] == first[2]['rmse']
+    assert first[1]['rmse_over_reference'] == (1, 0)
     assert isnan(first[2]['coverage_90'][0])
+    alone = next(study({'fast': methods['fast']}, 3, (7,), seed=5, **setting))
+    assert 'rmse_over_reference' not in alone
 
 
 def test_the_track_study_scores_streams_and_caches_what_is_asked_for(tmp_path):
