@@ -393,6 +393,8 @@ def _judge_stuck(s: Snapshot, stuck: list[Verdict]) -> Verdict:
     if s.num_folded and furthest.state in _SILENT:
         if s.save_fault:
             return _judge_saving(s)
+        if s.peer_fault:
+            return _judge_peers(s)
         since = '' if s.idle_sec is None else f' for {s.idle_sec:.0f} s'
         reasons = '; '.join(trouble.what for trouble in stuck)
         return _verdict(
@@ -416,6 +418,12 @@ def _judge_saving(s: Snapshot) -> Verdict:
         'make room or make state_directory and store writable; it is tried again each '
         'autosave_period and store_period',
     )
+
+
+def _judge_peers(s: Snapshot) -> Verdict:
+    """Judge a node that does not have what others observed."""
+    topic, text = next(iter(s.peer_fault.items()))
+    return _verdict('peer_refused', f"the newest map on '{topic}' was refused", text)
 
 
 def _judge_clock(clock: ClockView) -> Verdict | None:
@@ -525,8 +533,7 @@ def _judge_working(s: Snapshot) -> Verdict:
             'set store to a file, or raise max_tiles',
         )
     if s.peer_fault:
-        topic, text = next(iter(s.peer_fault.items()))
-        return _verdict('peer_refused', f"the newest map on '{topic}' was refused", text)
+        return _judge_peers(s)
     if s.coverage is not None and s.coverage.num_points >= ENOUGH_POINTS:
         within = f'{s.coverage.within_90:.0%} of new observations lie in the 90 % interval'
         if s.coverage.within_90 < WITHIN_90[0]:
@@ -612,6 +619,8 @@ _REASONS = {
     'thinned': ('all_thinned', ''),
     'value_out_of_range': ('all_rejected', 'set value_offset and value_scale to the field'),
     'not_finite': ('all_rejected', 'see why the sensor sends NaN'),
+    'not_stored': ('all_rejected', 'make room, or make store writable'),
+    'too_near': ('all_rejected', 'lower min_range'),
     'too_many_points': ('all_rejected', 'raise max_points, or send fewer'),
     'no_transform': (
         'no_transform',

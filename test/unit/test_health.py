@@ -144,6 +144,20 @@ def test_a_map_that_is_not_saved_is_named_though_nothing_new_comes():
     assert (verdict.state, verdict.level) == ('not_saved', Level.ERROR)
 
 
+def test_a_peer_that_is_refused_is_named_though_nothing_new_comes():
+    facts = snapshot(source(age_sec=30.0), peer_fault={'/r2/state': 'it is damaged: reset it'})
+    assert judge(facts).state == 'peer_refused'
+
+
+@pytest.mark.parametrize(
+    ('reason', 'way_out'), [('not_stored', 'store writable'), ('too_near', 'min_range')]
+)
+def test_what_is_not_the_fault_of_a_publisher_is_not_corrected_there(reason, way_out):
+    verdict = judge(snapshot(points=rejected(**{reason: 7})))
+    assert verdict.state == 'all_rejected' and way_out in verdict.text
+    assert 'what is published' not in verdict.text
+
+
 def test_every_state_has_a_section_in_the_documentation():
     page = Path(__file__).parents[2] / 'docs' / 'troubleshooting.md'
     if not page.is_file():
