@@ -167,10 +167,6 @@ def test_bounds_that_are_no_two_corners_are_named(load, bounds):
         load(bounds=bounds)
 
 
-def test_an_empty_map_has_no_tiles_to_show(load):
-    assert load().tiles_in_memory().shape == (0, 2, 2)
-
-
 def test_what_is_masked_out_is_not_folded(load_tiles):
     x, y = observations(31)
     expected, field = load_tiles(), load_tiles()
@@ -261,6 +257,15 @@ def test_the_version_changes_with_the_map_and_with_nothing_else(load):
         field.observe(x, np.full_like(y, np.nan))
         assert field.version == seen[-1]
     assert len(set(seen)) == 5
+
+
+def test_tiles_in_memory_have_corners_also_while_there_are_none(load):
+    field = load()
+    assert field.tiles_in_memory().shape == (0, 2, 2)
+    x, y = observations(1)
+    field.observe(x, y)
+    tiles = field.tiles_in_memory()
+    assert ((tiles[:, 0] <= x) & (x <= tiles[:, 1])).all(1).any()
 
 
 def test_empty_map_predicts_the_prior_and_so_does_a_target_outside(load_one_tile):
