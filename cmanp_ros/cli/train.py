@@ -51,6 +51,8 @@ def main(arguments) -> int:
         draw, facts = _recorded(options, recipe, say)
     else:
         _refuse_options_of_data(options)
+        if recipe.start_from is not None:
+            say(f'goes on from {recipe.start_from} with synthetic fields; --data takes yours')
     recorded.keep(folder, facts)
 
     has_begun, stopping, recent = [], [], []

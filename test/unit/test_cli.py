@@ -142,6 +142,13 @@ def test_a_training_needs_a_folder_that_can_be_made(capsys, in_an_empty_folder):
         )
 
 
+def test_going_on_without_data_says_what_is_trained_on(capsys, in_an_empty_folder, monkeypatch):
+    monkeypatch.setattr('cmanp_ros.cli.train.train', lambda *_, **__: 'model.safetensors')
+    for recipe, is_said in (('fine_tune', True), ('gp1d', False)):
+        assert cli.main(['train', recipe, '--folder', recipe]) == 0
+        assert ('from field with synthetic fields' in capsys.readouterr().out) == is_said
+
+
 def test_a_tile_size_of_zero_is_one_that_was_given(capsys):
     status, said = refused(capsys, 'train', 'field', '--folder', 'a', '--tile-size', 0)
     assert status == 1 and '--tile-size without --data: expected the recordings, too' in said
