@@ -48,6 +48,8 @@ class Control:
         self._autosave_fault = self._store_fault = ''
         self.peer_fault = {}
         """Topic -> why the newest map there was refused."""
+        self._counted_twice = {}
+        """Topic -> that map, where part of it was here already: it may be taken once it is not."""
         self.num_refused = Counter()
         """Reason -> maps of peers."""
         self._num_maps = 0  # begun: by a reset, or by loading one
@@ -132,6 +134,7 @@ class Control:
         self._node.fleet.own.reset()
         self._num_maps += 1
         intake.begin_again(intake.nothing_yet())
+        self._try_again()
 
     def _on_save(self, request, response):
         def copy():
@@ -173,6 +176,7 @@ class Control:
                     'reset or load, beyond which no undo goes; load a saved map instead'
                 )
             node.intake.taken_back(now - seconds)
+            self._try_again()
             response.num_taken_back, response.seconds = taken, seconds
             return f'took back {taken} observations of the last {seconds:.1f} s'
 
@@ -191,6 +195,7 @@ class Control:
         if name == AUTOSAVE:
             self._saved_map, self._saved_version = self._num_maps, own.version
             self._saved_file, self._autosave_fault = saved.file, ''
+        self._try_again()
 
     def _answer(self, response, work, finish=lambda result: result):
         """
@@ -318,6 +323,9 @@ class Control:
 
         def receive():
             received = node.fleet.receive(message.robot, message.sequence, bytes(message.data))
+            self._counted_twice.pop(topic, None)
+            if received.reason == 'counted_twice':
+                self._counted_twice[topic] = message
             if received.reason is None:
                 self.peer_fault.pop(topic, None)
                 node.get_logger().debug(received.text)
@@ -327,6 +335,11 @@ class Control:
                 node.warn(f'{topic}_{received.reason}', received.text)
 
         node.in_background(receive)
+
+    def _try_again(self):
+        """Take maps of peers that were refused for what was here: they may not send them again."""
+        for topic, message in self._counted_twice.items():
+            self._on_peer(topic, message)
 
 
 def _result(future):

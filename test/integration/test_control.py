@@ -497,6 +497,23 @@ def test_refused_map_of_a_peer_is_named(start_node, client):
     assert node.status.values(snapshot)['peers_refused_other_map'] == 1
 
 
+def test_map_of_a_peer_that_was_here_already_is_taken_after_a_reset(start_node, client, tmp_path):
+    shared = str(tmp_path)
+    node = start_node(peers=['/two/cmanp/state'], state_directory=shared)
+    other = start_node(namespace='/two', state_directory=shared)
+    publish(client, other, cloud(scattered(11)), topic='two/points')
+    save = SaveState.Request(name='two')
+    assert client.call(SaveState, 'two/cmanp/save_state', save).success
+    merge = MergeState.Request(name='two')
+    assert client.call(MergeState, 'cmanp/merge_state', merge).success
+    assert client.call(Trigger, 'two/cmanp/publish_state', Trigger.Request()).success
+    wait_for(lambda: node.control.num_refused['counted_twice'] == 1)
+    assert judge(node.status.snapshot()).state == 'peer_refused'
+    assert client.call(Trigger, 'cmanp/reset', Trigger.Request()).success  # as its text says
+    wait_for(lambda: node.fleet.peers)  # the other one is parked, and sends nothing new
+    assert not node.control.peer_fault
+
+
 def test_damaged_map_is_not_restored_over(start_node, client, tmp_path):
     (tmp_path / 'autosave.safetensors').write_bytes(b'half a map')
     node = start_node(
