@@ -49,7 +49,7 @@ class Control:
         self.peer_fault = {}
         """Topic -> why the newest map there was refused."""
         self._counted_twice = {}
-        """Topic -> that map, where part of it was here already: it may be taken once it is not."""
+        """Topic -> the newest map there, if some of it was here already: it is tried again."""
         self.num_refused = Counter()
         """Reason -> maps of peers."""
         self._num_maps = 0  # begun: by a reset, or by loading one
@@ -319,27 +319,26 @@ class Control:
         return f'published {sent.num_observations} observations, {len(sent.data)} bytes'
 
     def _on_peer(self, topic, message):
+        self._node.in_background(lambda: self._receive(topic, message))
+
+    def _receive(self, topic, message):
         node = self._node
-
-        def receive():
-            received = node.fleet.receive(message.robot, message.sequence, bytes(message.data))
-            self._counted_twice.pop(topic, None)
-            if received.reason == 'counted_twice':
-                self._counted_twice[topic] = message
-            if received.reason is None:
-                self.peer_fault.pop(topic, None)
-                node.get_logger().debug(received.text)
-            elif received.reason not in ('own', 'old'):
-                self.num_refused[received.reason] += 1
-                self.peer_fault[topic] = one_line(received.text)
-                node.warn(f'{topic}_{received.reason}', received.text)
-
-        node.in_background(receive)
+        received = node.fleet.receive(message.robot, message.sequence, bytes(message.data))
+        kept = self._counted_twice.pop(topic, None)
+        if received.reason == 'counted_twice':
+            self._counted_twice[topic] = message
+        if received.reason is None:
+            self.peer_fault.pop(topic, None)
+            node.get_logger().debug(received.text)
+        elif received.reason not in ('own', 'old'):
+            self.num_refused[received.reason] += kept is not message
+            self.peer_fault[topic] = one_line(received.text)
+            node.warn(f'{topic}_{received.reason}', received.text)
 
     def _try_again(self):
         """Take maps of peers that were refused for what was here: they may not send them again."""
-        for topic, message in self._counted_twice.items():
-            self._on_peer(topic, message)
+        for topic, message in list(self._counted_twice.items()):
+            self._receive(topic, message)
 
 
 def _result(future):

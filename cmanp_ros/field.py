@@ -367,7 +367,7 @@ class NeuralField:
         """
         Write what changed to the store, in one transaction; nothing without a store.
 
-        :raises CheckpointError: when it cannot be written, or is not where it was any more.
+        :raises CheckpointError: when it cannot be written, or was moved or replaced.
         """
         self.world.tiles.flush()
         if self._store is not None:
@@ -677,10 +677,11 @@ def _tile_size(lower, upper):
 def _as_floats(value, name):
     """Return numbers as torch takes them; what is masked out is NaN."""
     try:
-        if isinstance(value, np.ndarray) and np.iscomplexobj(value):
-            raise TypeError('they are complex')
         if isinstance(value, np.ma.MaskedArray):
             value = value.astype(np.float64).filled(np.nan)
+        value = np.asarray(value)
+        if np.iscomplexobj(value):
+            raise TypeError('they are complex')
         return np.array(value, np.float64, order='C')  # a copy: views may have any strides
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InputError(f'{name} cannot be read as numbers ({error})') from error

@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -73,6 +74,7 @@ class CMANPNode(LifecycleNode):
         except ConfigError:
             self.destroy_node()
             raise
+        self._last_warning = {}
         self.add_on_set_parameters_callback(self._on_set_parameters)
         for service in self.services:  # those of ROS
             service.callback = self._refusing(service)
@@ -94,7 +96,8 @@ class CMANPNode(LifecycleNode):
     def on_configure(self, state):
         """Load and warm up the model, restore the map, and open the outputs."""
         p = self.parameters
-        self._last_warning, self.num_clock_jumps = {}, 0
+        self._last_warning.clear()
+        self.num_clock_jumps = 0
         self.calibration = Calibration()
         try:
             torch.set_num_threads(p.num_threads)
@@ -106,12 +109,12 @@ class CMANPNode(LifecycleNode):
             self.answers, self.displays = Answers(self), Displays(self)
             self.control = Control(self)
             self.control.restore()
+            self.status = Status(self)
+            self.worker.start()
         except Exception as error:  # rclpy would say nothing of it
             self._say_why_not('configure', error)
             self.on_cleanup(state)
             return TransitionCallbackReturn.FAILURE
-        self.status = Status(self)
-        self.worker.start()
         self.get_logger().info(
             f"configured: checkpoint '{p.checkpoint}' on {p.device}, "
             f"{self.field.geometry} in '{p.map_frame}', {self.field.num_tiles} tiles known, "
@@ -178,6 +181,7 @@ class CMANPNode(LifecycleNode):
     def _say_why_not(self, transition, error):
         why = str(error) if isinstance(error, CMANPError) else repr(error)
         self.get_logger().error(f'cannot {transition}: {conversions.one_line(why)}')
+        self.get_logger().debug(traceback.format_exc())
 
     def _close_inputs(self):
         self._is_open = False
@@ -240,15 +244,19 @@ class CMANPNode(LifecycleNode):
     def _refusing(self, service):
         """Return the callback of a service of ROS; what rclpy cannot do must not end the node."""
         callback, name = service.callback, service.srv_name.rpartition('/')[2]
-        way_out = {'change_state': '; if a lifecycle manager asks, set autostart to false'}
+        way_out = ''
+        if name == 'change_state' and self.parameters.autostart:
+            way_out = '; if a lifecycle manager asks, set autostart to false'
 
         def refusing(request, response):
             try:
                 return callback(request, response)
             except Exception as error:
                 state = f'the node is {self._state_machine.current_state[1]}'
-                text = f'request refused, {state}: {request}: {error}{way_out.get(name, "")}'
-                self.warn(name, text)
+                self.warn(name, f'request refused, {state}: {error}{way_out}')
+                if name == 'set_parameters':  # a result for each, or clients fail, too
+                    refused = SetParametersResult(reason=conversions.one_line(str(error)))
+                    response.results = [refused] * len(request.parameters)
                 return response
 
         return refusing

@@ -130,12 +130,15 @@ class TileStore:
         :raises CheckpointError: when it was removed or replaced; it can be read until closed.
         """
         path, opened = self._file
-        with suppress(OSError):
+        try:
             if os.path.samestat(path.stat(), opened):
                 return
+            why = 'another file'
+        except OSError as error:
+            why = error.strerror
         raise CheckpointError(
-            f'{self.path} was removed or replaced since it was opened: put it back, or save the '
-            'map elsewhere before the end'
+            f'{self.path} was removed or replaced since it was opened ({why}): put it back, or '
+            'save the map elsewhere before the end'
         )
 
     def close(self):

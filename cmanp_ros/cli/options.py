@@ -48,8 +48,9 @@ def check_output(option: str, path: Path, endings: Collection[str] = ()) -> None
         raise ConfigError(
             f'{option} {path}: there is no folder {path.parent}; expected one: make it'
         )
-    place = path if path.exists() else path.parent
+    is_replaced = path.suffix == '.safetensors'  # others are written where they are
+    place = path if path.exists() and not is_replaced else path.parent
     if not os.access(place, os.W_OK):
         raise ConfigError(
-            f'{option} {path}: {place} may not be written; expected a place that may: name another'
+            f'{option} {path}: {place} cannot be written; expected a file in a folder that can'
         )

@@ -52,7 +52,10 @@ def main(arguments) -> int:
     else:
         _refuse_options_of_data(options)
         if recipe.start_from is not None:
-            say(f'goes on from {recipe.start_from} with synthetic fields; --data takes yours')
+            say(
+                f'goes on from {recipe.start_from} with synthetic fields, which takes hours; for '
+                'fields of yours: --data'
+            )
     recorded.keep(folder, facts)
 
     has_begun, stopping, recent = [], [], []

@@ -2,8 +2,9 @@
 The studies: each yields rows, one for each method and setting.
 
 A row is a dict with 'study', 'num_context', 'noise' or 'kind', 'method', the scores, how they
-compare with those of the exact GP on the same tasks (`scores.to_reference`), and 'seconds' of
-processor time; scores and seconds are (mean, standard error) over tasks.
+compare with those of the exact GP on the same tasks (`scores.to_reference`) where that is among
+the methods, and 'seconds' of processor time; scores and seconds are (mean, standard error) over
+tasks. Rows of `tracks` are described there.
 """
 
 import time

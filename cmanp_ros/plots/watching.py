@@ -12,6 +12,7 @@ from cmanp_ros.recordings import Recording
 
 NUM_COMPARED = 100  # chunks of a recording: a prediction costs more than a fold
 POINTS_COMPARED = 32  # of each, at most
+NUM_PIECES = 8  # of a table that is read at once, at least
 MAX_POSITIONS = 2000  # of the track
 
 
@@ -110,7 +111,7 @@ class Watched:
         """Cut as the map does; a table that is read at once in the order of its lines, finer."""
         if not self._is_table or self._recording.num_messages > 1:
             return self._field.in_chunks(x, size)
-        size = min(size, max(2 * POINTS_COMPARED, -(-len(x) // NUM_COMPARED)))
+        size = min(size, max(2 * POINTS_COMPARED, -(-len(x) // NUM_PIECES)))
         return np.split(np.arange(len(x)), range(size, len(x), size))
 
     def observe(self, x: np.ndarray, y: np.ndarray) -> Observed:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import lzma
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cmanp_ros.admission import MAX_AHEAD_SEC
 from cmanp_ros.conversions import one_line
 from cmanp_ros.core.errors import ConfigError, InputError
 from cmanp_ros.optional import library
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 NUM_LINES = 16384  # that are read at once
 AXES = {'x': 'x', 'easting': 'x', 'east': 'x', 'y': 'y', 'northing': 'y', 'north': 'y', 'z': 'z'}
 STAMPS = ('stamp', 'time', 'timestamp', 'gps_time')
-MAX_TIME = 2.0**31  # [s] of a stamp of ROS; milliseconds are beyond it
 STEPS = 16  # in which an interval of time passes for a table
 ANGLES = ('lon', 'lat', 'longitude', 'latitude')
 
@@ -90,15 +91,16 @@ class Tables:
 
     def _times(self, column, table, intervals, losses) -> np.ndarray:
         """Return times [s], 0 where there is none, and say so where that matters."""
-        usable = (column > 0) & (column < MAX_TIME)
-        if len(late := column[column >= MAX_TIME]):
+        latest = time.time() + MAX_AHEAD_SEC
+        usable = (column > 0) & (column <= latest)
+        if len(late := column[column > latest]):
             losses.problems['no_time'] = (
-                f'{table.path}: the time {late.max():.10g} is beyond {MAX_TIME:.0f}; expected '
-                'seconds: no time is read there'
+                f'{table.path}: the time {late.max():.10g} [s] is in the future, and ignored; '
+                'expected seconds since 1970'
             )
-        elif intervals and not usable.any():
+        elif intervals and len(column) and not usable.any():
             losses.problems['no_time'] = (
-                f'{table.path} has no times, and half_life and revisit_interval do nothing; '
+                f'{table.path}: lines without a time do not fade, nor are they thinned by time; '
                 f'expected seconds in a column {" or ".join(STAMPS)}'
             )
         return np.where(usable, column, 0.0)
@@ -266,7 +268,8 @@ def _columns(table, given, default, dim_x, dim_y) -> tuple[list[int], list[int],
 
 def _in_time(times: np.ndarray, interval: float) -> Iterator[tuple[slice, int, int]]:
     """Cut rows where another step of an interval [s] begins: rows, oldest and newest time [ns]."""
-    edges = np.flatnonzero(np.diff(np.floor(times * (STEPS / interval)))) + 1
+    steps = np.maximum.accumulate(np.floor(times * (STEPS / interval)))  # time goes forwards only
+    edges = np.flatnonzero(np.diff(steps)) + 1
     for start, stop in itertools.pairwise([0, *edges.tolist(), len(times)]):
         known = times[start:stop][times[start:stop] > 0]
         ends = (known.min(), known.max()) if len(known) else (0.0, 0.0)

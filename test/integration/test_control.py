@@ -510,8 +510,8 @@ def test_map_of_a_peer_that_was_here_already_is_taken_after_a_reset(start_node, 
     wait_for(lambda: node.control.num_refused['counted_twice'] == 1)
     assert judge(node.status.snapshot()).state == 'peer_refused'
     assert client.call(Trigger, 'cmanp/reset', Trigger.Request()).success  # as its text says
-    wait_for(lambda: node.fleet.peers)  # the other one is parked, and sends nothing new
-    assert not node.control.peer_fault
+    wait_for(lambda: not node.control.peer_fault)  # the other is parked, and sends nothing new
+    assert node.fleet.peers and node.control.num_refused['counted_twice'] == 1
 
 
 def test_damaged_map_is_not_restored_over(start_node, client, tmp_path):

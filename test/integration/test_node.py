@@ -13,7 +13,7 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from lifecycle_msgs.srv import ChangeState, GetState
 from nav_msgs.msg import OccupancyGrid
 from rcl_interfaces.msg import Parameter, ParameterValue
-from rcl_interfaces.srv import SetParametersAtomically
+from rcl_interfaces.srv import SetParameters, SetParametersAtomically
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from sensor_msgs.msg import PointCloud2
 from std_msgs.msg import Header
@@ -629,18 +629,31 @@ def test_node_that_cannot_configure_stays_unconfigured_and_can_be_mended(start_n
     assert state.label == 'unconfigured'
 
 
-def test_transition_that_is_none_is_refused_and_the_node_goes_on(start_node, client, capfd):
-    start_node()
+@pytest.mark.parametrize(
+    ('is_active', 'number'),  # configure, as of a lifecycle manager, and activate
+    [(True, 1), (False, 3)],
+)
+def test_transition_that_is_none_is_refused_and_the_node_goes_on(
+    start_node, client, capfd, is_active, number
+):
+    start_node(activate=is_active, autostart=is_active)
     message = ChangeState.Request()
-    message.transition.id = 1  # configure, as a lifecycle manager asks of a node that is active
+    message.transition.id = number
     assert not client.call(ChangeState, 'cmanp/change_state', message).success
     state = client.call(GetState, 'cmanp/get_state', GetState.Request()).current_state
-    assert state.label == 'active'
-    assert 'set autostart to false' in capfd.readouterr().err
+    assert state.label == ('active' if is_active else 'unconfigured')
+    said = capfd.readouterr().err
+    assert f'the node is {state.label}' in said
+    assert ('set autostart to false' in said) == is_active
 
 
-def test_parameter_of_no_type_is_refused_and_the_node_goes_on(start_node, client):
-    start_node()
+@pytest.mark.parametrize('is_active', [True, False])
+def test_parameter_of_no_type_is_refused_and_the_node_goes_on(start_node, client, is_active):
+    start_node(activate=is_active)
+    several = SetParameters.Request(parameters=[Parameter(name=n) for n in ('tf_timeout', 'a')])
+    several.parameters[0].value.type = 200
+    results = client.call(SetParameters, 'cmanp/set_parameters', several).results
+    assert [result.successful for result in results] == [False, False]
     message = SetParametersAtomically.Request(parameters=[Parameter(name='tf_timeout')])
     message.parameters[0].value.type = 200
     name = 'cmanp/set_parameters_atomically'

@@ -95,7 +95,7 @@ def test_a_folder_that_may_not_be_written_is_refused_before_the_work(
     monkeypatch.setattr('os.access', lambda *_: False)
     for command, name in (('replay', 'b.safetensors'), ('plot', 'b.png')):
         status, said = refused(capsys, command, 'a.csv', '--out', f'{tmp_path}/{name}')
-        assert status == 1 and f'{name}: {tmp_path} may not be written; expected a place' in said
+        assert status == 1 and f'{name}: {tmp_path} cannot be written; expected a file' in said
 
 
 def test_what_the_system_refuses_is_a_line(capsys):
@@ -146,7 +146,9 @@ def test_going_on_without_data_says_what_is_trained_on(capsys, in_an_empty_folde
     monkeypatch.setattr('cmanp_ros.cli.train.train', lambda *_, **__: 'model.safetensors')
     for recipe, is_said in (('fine_tune', True), ('gp1d', False)):
         assert cli.main(['train', recipe, '--folder', recipe]) == 0
-        assert ('from field with synthetic fields' in capsys.readouterr().out) == is_said
+        assert (
+            'from field with synthetic fields, which takes hours' in capsys.readouterr().out
+        ) == is_said
 
 
 def test_a_tile_size_of_zero_is_one_that_was_given(capsys):

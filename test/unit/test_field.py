@@ -142,6 +142,7 @@ def test_arrays_of_all_kinds_are_read_as_they_are(load_tiles):
     assert len(field.in_chunks(mirrored, 10)) == 4
     complex_ones = np.ones((3, 2), complex)
     strange = ('a', [[1.0, 2.0], [3.0]], torch.ones(3, 2, requires_grad=True), complex_ones)
+    strange += (torch.ones(3, 2, dtype=torch.complex64), [*complex_ones])
     for given in strange:
         with pytest.raises(InputError, match='x cannot be read as numbers'):
             field.predict(given)

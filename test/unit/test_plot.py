@@ -299,7 +299,7 @@ def test_a_track_is_thinned_evenly_however_it_comes(step):
     np.testing.assert_array_equal(found, x[::8])
 
 
-def test_watching_changes_nothing_and_compares_before_it_folds(tmp_path):
+def test_watching_changes_nothing_but_rounding_and_compares_before_it_folds(tmp_path):
     rng = np.random.default_rng(0)
     x = np.repeat(rng.uniform(0, 3, (5, 2)), 31, axis=0)  # each place again and again
     rows = np.column_stack([x, 100 + np.arange(155)])

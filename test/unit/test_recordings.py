@@ -382,13 +382,23 @@ def test_times_of_a_table_are_those_of_its_lines(tmp_path):
     assert all_of(chunks)[0][:, 0].tolist() == [*range(9)] and recording.num_read == 1
 
 
+def test_lines_out_of_the_order_of_time_are_not_cut_one_by_one(tmp_path):
+    times = (100, 104, 101, '', 108, 102, 3e9, 107)  # one is missing, one in the future
+    rows = ''.join(f'{time},{n},0,5\n' for n, time in enumerate(times))
+    (tmp_path / 'a.csv').write_text('time,x,y,depth\n' + rows)
+    parameters = parameters_from({'half_life': 48.0})
+    chunks, recording = read(tmp_path / 'a.csv', [':depth'], parameters=parameters)
+    assert [(chunk.stamp, len(chunk.y)) for chunk in chunks] == [(100, 1), (104, 3), (108, 4)]
+    assert '3000000000 [s] is in the future' in recording.losses.problems['no_time']
+
+
 @pytest.mark.parametrize(
     ('time', 'said'),
     [
-        ('1700000000000', 'the time 1.7e+12 is beyond 2147483648; expected seconds'),
-        ('2024-05-01T10:00:00Z', 'has no times, and half_life and revisit_interval do nothing'),
+        ('1700000000000', 'the time 1.7e+12 [s] is in the future, and ignored; expected seconds'),
+        ('2024-05-01T10:00:00Z', 'lines without a time do not fade'),
         ('', 'expected seconds in a column stamp or time or timestamp or gps_time'),
-        ('-5', 'has no times'),
+        ('-5', 'lines without a time'),
     ],
 )
 def test_times_that_are_no_seconds_are_said(tmp_path, time, said):
