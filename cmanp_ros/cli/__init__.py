@@ -1,7 +1,6 @@
 """The command line `cmanp`: one module for each subcommand, imported when it is called."""
 
 import argparse
-import os
 import sys
 from importlib import import_module
 
@@ -43,9 +42,6 @@ def main(arguments=None) -> int:
     module = import_module(f'cmanp_ros.cli.{parsed.command}')
     try:
         return module.main(arguments[1:]) or 0
-    except BrokenPipeError:  # nobody reads on, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain
-        return 141
     except (CMANPError, OSError, SafetensorError) as error:  # a full disk, a read-only folder
         print(f'cmanp {parsed.command}: {error}', file=sys.stderr)
         return 1

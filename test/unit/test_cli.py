@@ -1,5 +1,9 @@
 """Calls that cannot work are refused in a line, before the work."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import small_models
 
@@ -96,6 +100,15 @@ def test_a_folder_that_may_not_be_written_is_refused_before_the_work(
     for command, name in (('replay', 'b.safetensors'), ('plot', 'b.png')):
         status, said = refused(capsys, command, 'a.csv', '--out', f'{tmp_path}/{name}')
         assert status == 1 and f'{name}: {tmp_path} cannot be written; expected a file' in said
+
+
+def test_a_pipe_that_breaks_is_said(in_an_empty_folder):
+    Path('a.csv').write_text('x,y,z\n2,3,5\n', encoding='utf-8')
+    command = [sys.executable, '-m', 'cmanp_ros.cli', 'replay', 'a.csv']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert (process.returncode, said) == (1, 'cmanp replay: [Errno 32] Broken pipe\n')
 
 
 def test_what_the_system_refuses_is_a_line(capsys):
